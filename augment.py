@@ -1,0 +1,107 @@
+"""What happens to a batch on the device: strong views, class masks and mixing.
+
+Every random number is an input: `draws`, uniform in [0, 1), one row an image, made where the image was loaded as a pure
+function of (seed, stage, step, index). So a step gives the same views on any machine, in any number of processes.
+"""
+
+import torch
+import torch.nn.functional as F
+
+IGNORED = 255
+DRAWS = 8 + 256 + 256  # per image: for its strong view, for CrDoMix's classes, for class mixing's
+FOR_STRONG, FOR_CRDOMIX, FOR_MIXING = slice(0, 8), slice(8, 264), slice(264, 520)
+GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601 luma, as in torchvision
+GAUSSIAN = (0.319168, 0.361664, 0.319168)  # three taps, sigma 2
+SMOOTHING = ((1 / 13, 1 / 13, 1 / 13), (1 / 13, 5 / 13, 1 / 13), (1 / 13, 1 / 13, 1 / 13))  # as in torchvision
+
+
+def cross_domain_mix(images, labels, translated, draws, beta):
+    """CrDoMix: x_cdm = M x~_s + (1 - M) G(x_s), M some of the classes of y_s. Without `translated` it is x~_s alone.
+
+    images, translated (B, 3, H, W), RGB in [0, 1]; labels (B, H, W), int64; draws (B, DRAWS). Returns (B, 3, H, W).
+    """
+    strong = strong_view(images, draws[:, FOR_STRONG], beta)
+    if translated is None:
+        return strong
+    return mix(class_mask(labels, choose_classes(labels, draws[:, FOR_CRDOMIX])), strong, translated)
+
+
+def class_mix(images, labels, target_images, target_labels, draws, beta):
+    """Class mixing (DACS): x_mix = M' x_s + (1 - M') x~_t, and y_mix alike; the source's part is the weak view.
+
+    draws, a pair of (B, DRAWS): the source's, which choose M', and the target's, for its strong view.
+    """
+    mask = class_mask(labels, choose_classes(labels, draws[0][:, FOR_MIXING]))
+    strong = strong_view(target_images, draws[1][:, FOR_STRONG], beta)
+    return mix(mask, images, strong), mix(mask, labels, target_labels)
+
+
+def strong_view(images, draws, beta):
+    """x~ = beta A(x) + (1 - beta) x, each image with its own A.
+
+    A: colour jitter (brightness 0.4, contrast 0.4, saturation 0.2, hue 0.1; p 0.5), grayscale (p 0.3), 3x3 Gaussian blur
+    (sigma 2, p 0.8), sharpness 0.5 (p 0.3). images (B, 3, H, W), RGB in [0, 1]; draws (B, 8). Returns (B, 3, H, W).
+    """
+    draws = draws[:, :, None, None, None]
+    spread = (2 * draws[:, 1:5] - 1) * (draws[:, :1] < 0.5)
+    view = (images * (1 + 0.4 * spread[:, 0])).clamp(0, 1)
+    view = _blend(gray(view).mean((1, 2, 3), keepdim=True), view, 1 + 0.4 * spread[:, 1])
+    view = _blend(gray(view), view, 1 + 0.2 * spread[:, 2])
+    view = shift_hue(view, 0.1 * spread[:, 3])
+    view = torch.where(draws[:, 5] < 0.3, gray(view), view)
+    gaussian = torch.tensor(GAUSSIAN).outer(torch.tensor(GAUSSIAN))
+    view = torch.where(draws[:, 6] < 0.8, _filter(view, gaussian), view)
+    smooth = _filter(view, torch.tensor(SMOOTHING))
+    view = torch.where(draws[:, 7] < 0.3, _blend(smooth, view, 0.5), view)
+    return torch.lerp(images, view, beta)
+
+
+def gray(images):
+    """Luma (B, 1, H, W) of RGB images (B, 3, H, W)."""
+    return (images * images.new_tensor(GRAY)[:, None, None]).sum(1, keepdim=True)
+
+
+def shift_hue(images, turns):
+    """Turns the hue of RGB images (B, 3, H, W) in [0, 1] by `turns` (B, 1, 1, 1) full circles, in HSV space."""
+    value, chroma = images.amax(1, keepdim=True), images.amax(1, keepdim=True) - images.amin(1, keepdim=True)
+    red, green, blue = (images / chroma.clamp(min=1e-8)).split(1, 1)
+    top = images.argmax(1, keepdim=True)
+    hue = torch.where(top == 0, green - blue, torch.where(top == 1, 2 + blue - red, 4 + red - green))
+    sector = (hue + 6 * turns + images.new_tensor([5, 3, 1])[:, None, None]) % 6
+    return value - chroma * torch.minimum(sector, 4 - sector).clamp(0, 1)
+
+
+def _blend(base, images, factor):
+    """base + factor (images - base), kept in [0, 1]: factor 0 gives base, 1 the images."""
+    return (base + factor * (images - base)).clamp(0, 1)
+
+
+def _filter(images, kernel):
+    kernel = kernel.to(images).expand(3, 1, 3, 3)
+    return F.conv2d(F.pad(images, (1, 1, 1, 1), mode="reflect"), kernel, groups=3)
+
+
+def choose_classes(labels, scores):
+    """Half of the classes present in each label map, rounded down, plus always the ignored region.
+
+    labels (B, H, W), int64; scores (B, 256), uniform draws: the classes with the highest scores are taken. 255 counts as
+    one of the classes present. Returns chosen (B, 256), bool, for class_mask.
+    """
+    present = torch.zeros_like(scores).scatter_(1, labels.flatten(1), 1.0)
+    rank = (scores * present).argsort(1, descending=True).argsort(1)
+    chosen = (rank < present.sum(1, keepdim=True) // 2) & present.bool()
+    chosen[:, IGNORED] = True
+    return chosen
+
+
+def class_mask(labels, chosen):
+    """M: True where the label is one of the image's chosen values.
+
+    labels (B, H, W), integers in 0 ... 255; chosen (B, 256), bool. Returns (B, 1, H, W), bool.
+    """
+    return chosen.gather(1, labels.long().flatten(1)).view_as(labels)[:, None]
+
+
+def mix(mask, front, back):
+    """M front + (1 - M) back, for images (B, 3, H, W) and for label maps (B, H, W) alike; mask (B, 1, H, W)."""
+    return torch.where(mask.bool() if front.dim() == 4 else mask[:, 0].bool(), front, back)

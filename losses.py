@@ -1,0 +1,125 @@
+"""The equations of DiGA (Shen et al., CVPR 2023), one function each, on plain tensors.
+
+Notation as in the paper: S student, T teacher, f the features before the classifier, rho_k the centroid of class k,
+y^p the probability labels, y^f the feature labels. Label maps hold classes 0 ... K-1 and 255 where a pixel is ignored.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+IGNORED = 255
+
+
+def upsample(maps, size):
+    """Maps (B, K, h, w) to single-precision maps (B, K, *size): bilinear, corner pixels aligned, as in DeepLab-V2."""
+    return F.interpolate(maps.float(), size=tuple(size), mode="bilinear", align_corners=True)
+
+
+def supervised_loss(logits, labels):
+    """L_ce: cross-entropy of S(x) against y, averaged over all pixels, the ignored ones counted in the divisor.
+
+    logits (B, K, H, W); labels (B, H, W), integers. Returns a scalar.
+    """
+    total = F.cross_entropy(logits.float(), labels.long(), ignore_index=IGNORED, reduction="sum")
+    return total / labels.numel()
+
+
+def symmetric_distillation(student_logits, teacher_logits, strong_to_weak=0.5):
+    """L_kd = H(T(x_s), S(x_cdm)) + kappa H(T(x_cdm), S(x_s)), H averaged over all pixels, the teacher detached.
+
+    Both (2B, K, H, W): the weak views x_s in the first half of the batch, the strong views x_cdm in the second, in the
+    same order. kappa = strong_to_weak. Returns a scalar.
+    """
+    student_weak, student_strong = student_logits.float().chunk(2)
+    teacher_weak, teacher_strong = teacher_logits.detach().float().softmax(1).chunk(2)
+    weak_to_strong = F.cross_entropy(student_strong, teacher_weak)
+    return weak_to_strong + strong_to_weak * F.cross_entropy(student_weak, teacher_strong)
+
+
+def probability_labels(logits, size):
+    """y^p: argmax of the elementwise max of the logits at several resolutions, each upsampled to `size` first.
+
+    logits: a list of (B, K, h, w). Returns (B, *size), int64.
+    """
+    best = upsample(logits[0], size)
+    for other in logits[1:]:
+        best = torch.maximum(best, upsample(other, size))
+    return best.argmax(1)
+
+
+def bilateral_consensus(probability_labels, feature_labels):
+    """y_t: the label that y^p and y^f agree on, 255 where they differ. Both (B, H, W) of one integer type."""
+    return torch.where(probability_labels == feature_labels, probability_labels, IGNORED)
+
+
+def semantic_edge_loss(translated, images, labels):
+    """L1 between G(x_s) and x_s at semantic edges, averaged over all pixels.
+
+    An edge is where the Laplacian of some class's indicator is not zero: a neighbour above, below, left or right has
+    another label. translated, images (B, 3, H, W); labels (B, H, W), integers. Returns a scalar.
+    """
+    padded = F.pad(labels[:, None].float(), (1, 1, 1, 1), mode="replicate")
+    neighbours = (padded[..., :-2, 1:-1], padded[..., 2:, 1:-1], padded[..., 1:-1, :-2], padded[..., 1:-1, 2:])
+    edge = torch.stack([neighbour != labels[:, None] for neighbour in neighbours]).any(0)
+    return ((translated - images).abs() * edge).mean()
+
+
+class Centroids(nn.Module):
+    """rho_k: one running mean feature per class.
+
+    vectors (K, C), single precision, zero for a class that was never seen; counts (K,), the images behind each vector,
+    at most `cap`. Both are buffers, so that a checkpoint holds them.
+    """
+
+    def __init__(self, num_classes, channels, momentum=1e-4, cap=3000):
+        super().__init__()
+        self.momentum, self.cap = momentum, cap
+        self.register_buffer("vectors", torch.zeros(num_classes, channels))
+        self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.long))
+
+    def class_means(self, features, logits, labels=None, min_pixels=5, padded=False):
+        """Per image, the mean feature over the pixels predicted as class k (and, given labels, labelled k as well).
+
+        features (B, C, h, w), logits (B, K, h, w); labels (B, H, W), taken at (h, w) by nearest neighbour.
+        Returns means (M, C) and classes (M,), ordered by image, then class; classes with fewer than `min_pixels` such
+        pixels in an image are left out. With `padded` they stay, as rows of class 255: M = B * K whatever the data, so
+        that nothing waits for the device.
+        """
+        predicted = logits.argmax(1)
+        if labels is not None:
+            labels = F.interpolate(labels[:, None].float(), size=predicted.shape[-2:], mode="nearest-exact")[:, 0]
+            predicted = torch.where(predicted == labels, predicted, IGNORED)
+        classes = torch.arange(logits.shape[1], device=logits.device)
+        member = (predicted.flatten(1)[:, None] == classes[:, None]).float()
+        pixels = member.sum(2)
+        means = (member @ features.float().flatten(2).transpose(1, 2) / pixels.clamp(min=1)[..., None]).flatten(0, 1)
+        classes = torch.where(pixels >= min_pixels, classes, IGNORED).flatten()
+        return (means, classes) if padded else (means[classes != IGNORED], classes[classes != IGNORED])
+
+    def accumulate(self, means, classes):
+        """rho_k <- rho_k + (mean - rho_k) / (n_k + 1), row by row: the running mean over images, n_k held at `cap`."""
+        for mean, k in zip(means, classes.tolist(), strict=True):
+            self.vectors[k] += (mean - self.vectors[k]) / (self.counts[k] + 1)
+            self.counts[k] = (self.counts[k] + 1).clamp(max=self.cap)
+
+    def move(self, means, classes):
+        """rho_k <- (1 - m) rho_k + m mean, m = momentum, one row after the other; rows of class 255 are passed over.
+
+        In closed form, since the order within a class is all that matters: a row that j rows of its class follow ends
+        up with the weight m (1 - m)^j.
+        """
+        row_of = (classes[:, None] == torch.arange(len(self.vectors), device=classes.device)).float()
+        later = row_of.flip(0).cumsum(0).flip(0) - 1
+        weights = self.momentum * (1 - self.momentum) ** later * row_of
+        kept = (1 - self.momentum) ** row_of.sum(0)
+        self.vectors.copy_(kept[:, None] * self.vectors + weights.T @ means.float())
+
+    def assign(self, features, size):
+        """y^f = argmax_k upsample(softmax_k(-||f - rho_k||_2)).
+
+        features (B, C, h, w), size (H, W). Returns (B, H, W), int64.
+        """
+        pixels = features.float().flatten(2).transpose(1, 2)
+        closeness = torch.softmax(-torch.cdist(pixels, self.vectors[None].expand(len(pixels), -1, -1)), -1)
+        return upsample(closeness.transpose(1, 2).unflatten(2, features.shape[-2:]), size).argmax(1)
