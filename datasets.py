@@ -1,0 +1,359 @@
+"""What one sample is: dataset layouts, label values, reading, scaling, cropping.
+
+Images are RGB uint8 (H, W, 3); label maps are uint8 (H, W), classes 0 ... K-1 and 255 where a pixel is ignored.
+"""
+
+import struct
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, StackDataset
+
+from augment import DRAWS
+from config import UserError, classes, label_values
+
+IGNORED, NO_CLASS = 255, 254
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# layout: image folder, label folder (in the root), ending of an image's and of its label's stem
+LAYOUTS = {
+    "gta5": ("images", "labels", "", ""),
+    "synthia": ("RGB", "GT/LABELS", "", ""),
+    "cityscapes": ("leftImg8bit/{split}", "gtFine/{split}", "_leftImg8bit", "_gtFine_labelIds"),
+    "folder": ("{split}/images", "{split}/labels", "", ""),
+}
+
+
+class Folder:
+    """The images below a folder; `names` are their paths relative to it, in order."""
+
+    labelled = False
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.names = list_images(folder)
+        if not self.names:
+            raise UserError(f"{folder}: no such folder of images, or there are none in it")
+
+    def __len__(self):
+        return len(self.names)
+
+    def image(self, i):
+        return read_image(self.folder / self.names[i])
+
+
+class Images(Folder):
+    """The images of a dataset and, if `labelled`, their label maps. cfg[domain] (source, target or val) says where.
+
+    Raises UserError for a missing folder, an empty split, an image without a label, a list that names what is not there,
+    and for what is wrong in any of 256 evenly spaced files; all are checked as they are read.
+    """
+
+    def __init__(self, cfg, domain, labelled):
+        spec = cfg[domain]
+        self.labelled, self.red_only = labelled, spec.layout == "synthia"
+        image_folder, label_folder, image_end, label_end = LAYOUTS[spec.layout]
+        self.folder = Path(spec.root) / image_folder.format(split=spec.split or ".")
+        if not self.folder.is_dir():
+            raise UserError(f"{self.folder}: no such folder of images; set {domain}.root, or see the README for the data")
+        self.names = [name for name in list_images(self.folder) if Path(name).stem.endswith(image_end)]
+        if not self.names:
+            raise UserError(f"{self.folder}: holds no images; is {domain}.split or {domain}.layout = {spec.layout} right?")
+        if spec.list is not None:
+            self.names = _narrow(self.names, spec.list, self.folder)
+        if labelled:
+            label_folder = Path(spec.root) / label_folder.format(split=spec.split or ".")
+            labels = {_stem(name): label_folder / name for name in list_images(label_folder)}
+            self.label_paths = []
+            for name in self.names:
+                stem = _stem(name).removesuffix(image_end) + label_end
+                if stem not in labels:
+                    raise UserError(f"{self.folder / name}: has no label {label_folder / stem}.png; add it or drop the image")
+                self.label_paths.append(labels[stem])
+            self.table = np.full(65536, NO_CLASS, np.uint8)
+            for value, k in label_values(spec.ids, classes(cfg)).items():
+                self.table[value] = k
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(self._check, np.unique(np.linspace(0, len(self.names) - 1, 256, dtype=int)).tolist()))
+
+    def _check(self, i):
+        if self.labelled:
+            self.label(i)
+        else:
+            self.image(i)
+
+    def label_values(self, i, image):
+        """The label file of `image` as it stands: (H, W), values of the dataset."""
+        path = self.label_paths[i]
+        values = read_label(path, self.red_only)
+        same_size(path, values, self.folder / self.names[i], image)
+        return values
+
+    def label(self, i):
+        """The whole label map of image i as classes."""
+        return self.to_classes(self.label_values(i, self.image(i)), i)
+
+    def to_classes(self, values, i):
+        """Values of label i, or of a part of it, as classes."""
+        label = cv2.LUT(values, self.table[:256]) if values.dtype == np.uint8 else self.table[values]
+        if (label == NO_CLASS).any():
+            value = values[label == NO_CLASS][0]
+            raise UserError(f"{self.label_paths[i]}: the label value {value} has no class; add it to ids (null: ignored)")
+        return label
+
+
+def list_images(folder):
+    """The paths of all image files below `folder`, relative to it, sorted. Raises UserError for equal stems."""
+    folder = Path(folder)
+    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
+    stems = set()
+    for name in names:
+        if _stem(name) in stems:
+            raise UserError(f"{folder / name}: another image has the same name without extension; rename one of them")
+        stems.add(_stem(name))
+    return names
+
+
+def _stem(name):
+    return name.rpartition(".")[0]
+
+
+def _narrow(names, path, folder):
+    try:
+        wanted = set(Path(path).read_text(encoding="utf-8").split("\n")) - {""}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: this list of images cannot be read ({error})") from error
+    missing = sorted(wanted - set(names))
+    if missing or not wanted:
+        raise UserError(f"{path}: names {missing[0] if missing else 'no image'}; one path a line, relative to {folder}")
+    return [name for name in names if name in wanted]
+
+
+def same_size(path, array, image_path, image):
+    if array.shape[:2] != image.shape[:2]:
+        sizes = "{1}x{0}, but {3}x{2}".format(*array.shape[:2], *image.shape[:2])
+        raise UserError(f"{path}: is {sizes} is the size of {image_path}; make them equal")
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_image(path):
+    """An image file as RGB uint8 (H, W, 3). Raises UserError for a file that is missing, broken or no image."""
+    return _decode(path, _read(path), cv2.IMREAD_COLOR_RGB)
+
+
+def read_label(path, red_only=False):
+    """A label file's values, (H, W) uint8 or uint16: a paletted PNG gives its indices, not its colours.
+
+    red_only: take the first (red) channel, SYNTHIA's way of storing classes. Raises UserError.
+    """
+    data = _read(path)
+    values = _decode(path, _indices_as_gray(data), cv2.IMREAD_UNCHANGED)
+    if data.startswith(PNG_SIGNATURE) and data[24] < 8 and values.ndim == 2:
+        values = values // (255 // (2 ** data[24] - 1))  # OpenCV spreads 1, 2 and 4 bits over 0 ... 255
+    if red_only and values.ndim == 3:
+        values = np.ascontiguousarray(values[..., 2])
+    if values.ndim != 2:
+        raise UserError(f"{path}: is a colour image; a label holds one value a pixel: convert it to a gray or paletted PNG")
+    if values.dtype not in (np.uint8, np.uint16):
+        raise UserError(f"{path}: holds {values.dtype} values; a label holds 8- or 16-bit integers")
+    return values
+
+
+def _read(path):
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); restore the file or remove it") from error
+    cut = (data.startswith(PNG_SIGNATURE) and b"IEND" not in data[-64:]) or (
+        data.startswith(b"\xff\xd8") and b"\xff\xd9" not in data[-65536:]
+    )
+    if cut or not data:
+        raise UserError(f"{path}: is {'cut short' if data else 'empty'}; restore the file or remove it")
+    return data
+
+
+def _decode(path, data, flags):
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error:
+        image = None
+    if image is None:
+        raise UserError(f"{path}: is broken, or no image that OpenCV reads; restore the file or remove it")
+    return image
+
+
+def _indices_as_gray(data):
+    """A paletted PNG rewritten as a gray one with the same pixel data, since OpenCV decodes palettes to colours."""
+    if data[:8] != PNG_SIGNATURE or data[25:26] != b"\x03":
+        return data
+    header = data[12:25] + b"\0" + data[26:29]
+    parts, at = [data[:12], header, struct.pack(">I", zlib.crc32(header))], 33
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] in (b"IDAT", b"IEND"):
+            parts.append(data[at:end])
+        at = end
+    return b"".join(parts)
+
+
+# ---------------------------------------------------------------- samples
+
+
+class Crops(Dataset):
+    """Random crops for training. Sample n is a pure function of (seed, stage, n), whoever loads it.
+
+    Sample n belongs to step n // B, B = sum(batch), and takes the resolution of its place in the batch: batch[r] images
+    at sizes[r]. Each side is scaled by its own factor in [cfg.min_scale, 1], though never below the crop. A labelled crop is
+    drawn again, up to 5 times, while one class fills more than cfg.max_class_share of it. Flipped with probability 0.5.
+
+    images: Images; crop: (H, W), cfg.crop by default; beside: name -> function(i) that reads a further array (H, W[, 3])
+    of image i, to get the same geometry. A sample: image (H, W, 3), label (H, W) if the images are labelled, what is
+    beside, all uint8, and draws (DRAWS,), float32 in [0, 1).
+    """
+
+    def __init__(self, cfg, stage, domain, images, batch, steps, crop=None, **beside):
+        self.images, self.crop, self.beside, self.steps = images, crop or cfg.crop, beside, steps
+        self.sizes = np.repeat(cfg[domain].sizes, batch, axis=0)
+        self.min_scale, self.max_class_share = cfg.min_scale, cfg.max_class_share
+        self.seed = (cfg.seed, zlib.crc32(f"{stage} {domain}".encode()))
+        self.epoch, self.order = None, None
+
+    @property
+    def batch_size(self):
+        return len(self.sizes)
+
+    def __len__(self):
+        return self.steps * self.batch_size
+
+    def _index(self, n):
+        epoch, place = divmod(n, len(self.images))
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, np.random.default_rng([*self.seed, 0, epoch]).permutation(len(self.images))
+        return int(self.order[place])
+
+    def __getitem__(self, n):
+        rng = np.random.default_rng([*self.seed, 1, n])
+        i = self._index(n)
+        image = self.images.image(i)
+        values = self.images.label_values(i, image) if self.images.labelled else None
+        beside = {name: read(i) for name, read in self.beside.items()}
+        for name, array in beside.items():
+            same_size(f"{name} for {self.images.names[i]}", array, self.images.folder / self.images.names[i], image)
+
+        size = self.sizes[n % self.batch_size]
+        scaled = np.maximum(size * rng.uniform(self.min_scale, 1, 2), self.crop)
+        extent = np.maximum(np.rint(self.crop * np.array(image.shape[:2]) / scaled), 1).astype(int)
+        for _ in range(6):
+            top, left = rng.integers(0, np.array(image.shape[:2]) - extent + 1)
+            window = (slice(top, top + extent[0]), slice(left, left + extent[1]))
+            if values is None:
+                break
+            label = self.images.to_classes(resize(values[window], self.crop, labels=True), i)
+            if np.bincount(label.ravel()).max() <= self.max_class_share * label.size:
+                break
+        sample = {"image": resize(image[window], self.crop)}
+        if values is not None:
+            sample["label"] = label
+        for name, array in beside.items():
+            sample[name] = resize(array[window], self.crop, labels=array.ndim == 2)
+        if rng.random() < 0.5:
+            sample = {name: np.ascontiguousarray(array[:, ::-1]) for name, array in sample.items()}
+        return sample | {"draws": rng.random(DRAWS, dtype=np.float32)}
+
+
+class Whole(Dataset):
+    """Whole images, in order, scaled to `size` (H, W), or as they are where it is None.
+
+    keep_aspect: scaled to as many pixels as `size` has, in their own proportions.
+    A sample: index; image (H, W, 3); shape, the (H, W) of the file; label at the file's size where labelled.
+    """
+
+    def __init__(self, images, size=None, keep_aspect=False):
+        self.images, self.size, self.keep_aspect = images, size, keep_aspect
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        image = self.images.image(i)
+        size = self.size or image.shape[:2]
+        if self.keep_aspect:
+            factor = (size[0] * size[1] / (image.shape[0] * image.shape[1])) ** 0.5
+            size = [max(round(side * factor), 8) for side in image.shape[:2]]
+        sample = {"index": i, "shape": image.shape[:2], "image": resize(image, size)}
+        if self.images.labelled:
+            sample["label"] = self.images.to_classes(self.images.label_values(i, image), i)
+        return sample
+
+
+def resize(array, size, labels=False):
+    """(h, w[, 3]) to (*size[, 3]): labels by nearest neighbour, images averaging when they shrink."""
+    if labels:
+        method = cv2.INTER_NEAREST_EXACT
+    else:
+        method = cv2.INTER_AREA if size[0] <= array.shape[0] and size[1] <= array.shape[1] else cv2.INTER_LINEAR
+    return cv2.resize(array, (int(size[1]), int(size[0])), interpolation=method)
+
+
+class Aligned:
+    """Files that belong to images by their names: calling it with i reads the one for names[i].
+
+    remedy: what to do where one is missing. Raises UserError.
+    """
+
+    def __init__(self, folder, names, read, remedy):
+        there = {_stem(name): Path(folder) / name for name in list_images(folder)}
+        missing = next((name for name in names if _stem(name) not in there), None)
+        if missing is not None:
+            raise UserError(f"{Path(folder) / missing}: is missing; {remedy}")
+        self.paths, self.read = [there[_stem(name)] for name in names], read
+
+    def __call__(self, i):
+        return self.read(self.paths[i])
+
+
+def loader(run, dataset, first=0, batch_size=None):
+    """A DataLoader over samples `first` ... of `dataset`, in order, read by cfg.workers processes."""
+    return DataLoader(
+        dataset,
+        batch_size,
+        sampler=range(first, len(dataset)),
+        num_workers=run.cfg.workers,
+        pin_memory=run.device.type == "cuda",
+        worker_init_fn=_one_thread,
+    )
+
+
+def _one_thread(_):
+    cv2.setNumThreads(1)
+
+
+def translated_images(cfg, source):
+    """The reader of G(x_s): translation.images where given, or what translate_cyclegan.py wrote."""
+    folder = cfg.translation.images or Path(cfg.output) / cfg.name / "translated"
+    return Aligned(folder, source.names, read_image, "run translate_cyclegan.py first, or set translation.images")
+
+
+class RecalibrationImages:
+    """Batches of crops of the domains in cfg.bn_recalibrate, mixed alike in each; cfg.bn_images of each domain in all.
+
+    Iterating yields images (B, 3, H, W) in [0, 1] on the run's device.
+    """
+
+    def __init__(self, run, batch):
+        cfg, steps = run.cfg, max(run.cfg.bn_images // sum(batch), 1)
+        crops = {d: Crops(cfg, "recalibrate", d, Images(cfg, d, False), batch, steps) for d in cfg.bn_recalibrate}
+        self.run, self.batches = run, loader(run, StackDataset(**crops), batch_size=sum(batch)) if crops else []
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        for batch in self.batches:
+            yield torch.cat([part["image"] for part in self.run.fetch(batch).values()])

@@ -1,0 +1,310 @@
+"""What every stage shares and is no method: commands, run folder, precision, schedules, checkpoints, log, progress."""
+
+import argparse
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torchvision
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from config import UserError
+
+# keys that may differ between a checkpoint and the command that goes on with it; of the stages' own sections
+# (translation, warmup, selftrain) only the stage's own counts
+FREE_KEYS = {"name", "output", "stages", "device", "workers", "val", "evaluation", "log_every", "save_every", "val_every"}
+
+
+def command(main):
+    """Runs a script's main(): a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    script = Path(sys.argv[0]).name
+    try:
+        main()
+    except UserError as error:
+        # raised in a loader's process, it comes wrapped in that process's traceback, whose last line is ours
+        print(f"{script}: {str(error).strip().splitlines()[-1].removeprefix('config.UserError: ')}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{script}: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def arguments(doc, cfg="config.yaml"):
+    """The arguments that every script takes; doc: the script's docstring."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cfg", default=cfg, metavar="FILE", help="configuration (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the configuration")
+    return parser
+
+
+# ---------------------------------------------------------------- schedules
+
+
+def poly_lr(base, step, total, power):
+    """Polynomial decay: base (1 - step / total)^power."""
+    return base * (1 - step / total) ** power
+
+
+def ema_decay(step, limit=0.999):
+    """alpha of the teacher's update at `step`, counted from 0: min(1 - 1 / (step + 1), limit)."""
+    return min(1 - 1 / (step + 1), limit)
+
+
+# ---------------------------------------------------------------- files
+
+
+def write_atomically(path, write):
+    """Calls write(temporary path), then moves the result to `path`: there is the old file or the complete new one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, cv2.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be written ({reason}); free the place and run the same command again") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_image(path, image):
+    """Writes uint8 RGB (H, W, 3) or gray (H, W); the extension gives the format."""
+
+    def write(temporary):
+        if not cv2.imwrite(str(temporary), np.ascontiguousarray(image[..., ::-1] if image.ndim == 3 else image)):
+            raise OSError("OpenCV failed")
+
+    write_atomically(path, write)
+
+
+def load_tensors(path):
+    """A file of tensors, as torch.save writes it; nothing in it is executed. Raises UserError."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such file of weights") from error
+    except Exception as error:  # a dozen types, depending on what the file is instead
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{path}: not a file of tensors that is safe to load ({reason})") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds a {type(state).__name__}, not a state dict")
+    return state
+
+
+def find(path, cfg):
+    """`path` as it stands or, failing that, inside the run's folder."""
+    inside = Path(cfg.output) / cfg.name / path
+    if not Path(path).exists() and not inside.exists():
+        raise UserError(f"{path}: there is no such file, nor {inside}")
+    return Path(path) if Path(path).exists() else inside
+
+
+# ---------------------------------------------------------------- a run
+
+
+class Run:
+    """One stage at work in the folder of its run, where it leaves `{stage}.pth`.
+
+    section: the part of the configuration that is the stage's own; state: everything that a checkpoint holds, as
+    name -> module, optimizer or scaler.
+    """
+
+    def __init__(self, cfg, stage, section):
+        self.cfg, self.stage, self.section = cfg, stage, section
+        self.folder = Path(cfg.output) / cfg.name
+        self.result = self.folder / f"{stage}.pth"
+        self.unfinished = self.folder / f"{stage}.unfinished.pth"
+        if cfg.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("device = cuda, but PyTorch finds no GPU here; use device=auto or device=cpu")
+        self.device = torch.device(cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = _precision(cfg.precision, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.recent, self.overall = {}, {}
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+        torch.manual_seed(cfg.seed)
+        cv2.setNumThreads(1)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def place(self, module):
+        return module.to(self.device, memory_format=torch.channels_last)
+
+    def fetch(self, batch):
+        """What was loaded, on the device: images ([B,] H, W, 3) as ([B,] 3, H, W) in [0, 1], label maps as int64."""
+        if isinstance(batch, dict):
+            return {name: self.fetch(part) for name, part in batch.items()}
+        batch = batch.to(self.device, non_blocking=True)
+        if batch.dtype != torch.uint8:
+            return batch
+        return batch.movedim(-1, -3).float().div_(255) if batch.shape[-1] == 3 else batch.long()
+
+    # -- checkpoints
+
+    def is_finished(self, force):
+        """Whether the stage's result is there. Raises UserError where it, or its unfinished checkpoint, is of another
+        configuration; `force` removes both first."""
+        for path in (self.result, self.unfinished):
+            if force:
+                path.unlink(missing_ok=True)
+            elif path.exists():
+                change = self._difference(load_tensors(path).get("config", {}))
+                if change:
+                    raise UserError(f"{path}: was made with {change}; --force replaces it, name=... starts another run")
+        if self.result.exists():
+            print(f"{self.stage}: {self.result} is finished; --force makes it anew")
+        return self.result.exists()
+
+    def _difference(self, saved):
+        for key, value in _plain(self.cfg).items():
+            relevant = key == self.section or key not in FREE_KEYS | {"translation", "warmup", "selftrain"}
+            if relevant and saved.get(key) != value:
+                return f"another {key}: {saved.get(key)} instead of {value}"
+        return None
+
+    def describe(self):
+        """Leaves in the run's folder what is run, and on what."""
+        write_text(self.folder / "config.yaml", yaml.safe_dump(_plain(self.cfg), sort_keys=False))
+        write_text(self.folder / "environment.json", json.dumps(_environment(self.device), indent=1) + "\n")
+
+    def resume(self, state):
+        """Loads the unfinished checkpoint into `state`. Returns the number of steps done, None without a checkpoint."""
+        if not self.unfinished.exists():
+            return None
+        saved = load_tensors(self.unfinished)
+        for name, part in state.items():
+            part.load_state_dict(saved[name])
+        self.overall = saved["overall"]
+        return saved["step"]
+
+    def save(self, path, step, state, **more):
+        saved = {name: part.state_dict() for name, part in state.items()}
+        saved |= {"stage": self.stage, "step": step, "config": _plain(self.cfg), "overall": self.overall, **more}
+        write_atomically(path, lambda temporary: torch.save(saved, temporary))
+
+    def finish(self, steps, state):
+        """Writes the stage's result and removes its unfinished checkpoint."""
+        self.save(self.result, steps, state)
+        self.unfinished.unlink(missing_ok=True)
+        means = {name: round(above / max(below, 1e-12), 5) for name, (above, below) in self.overall.items()}
+        self.write_log(finished=steps, **means)
+        print(f"{self.stage}: wrote {self.result}  {_figures(means)}")
+
+    # -- the loop
+
+    def steps(self, batches, first, total, state):
+        """Yields (step, batch on the device) for the steps from `first`; logs and saves `state` at the configured intervals.
+
+        Each step starts with torch's generators as (seed, stage, step) alone decide.
+        """
+        images = batches.batch_size
+        self.writer = SummaryWriter(self.folder / "tensorboard" / self.stage, purge_step=first)
+        self.started, self.done = time.perf_counter(), 0
+        with tqdm(
+            total=total * images, initial=first * images, unit="img", desc=self.stage, disable=None, dynamic_ncols=True
+        ) as self.bar:
+            for step, batch in enumerate(batches, first):
+                torch.manual_seed(int(np.random.SeedSequence([self.cfg.seed, *self.stage.encode(), step]).generate_state(1)[0]))
+                yield step, self.fetch(batch)
+                self.bar.update(images)
+                self.done += 1
+                saves = (step + 1) % self.cfg.save_every == 0 and step + 1 < total
+                if (step + 1) % self.cfg.log_every == 0 or saves or step + 1 == total:
+                    self._flush(step + 1, total, images)
+                if saves:
+                    self.save(self.unfinished, step + 1, state)
+        self.writer.close()
+
+    def log(self, **figures):
+        """Adds to the figures of this log interval: a mean of scalars, or a ratio given as (above, below). Stays on the device."""
+        for name, figure in figures.items():
+            above, below = figure if isinstance(figure, tuple) else (figure, 1)
+            total = self.recent.setdefault(name, [0, 0])
+            total[0] += above.detach() if isinstance(above, torch.Tensor) else above
+            total[1] += below
+
+    def _flush(self, step, total, images):
+        names = list(self.recent)
+        sums = [torch.as_tensor(x, dtype=torch.float64, device=self.device) for name in names for x in self.recent[name]]
+        sums = torch.stack(sums).view(-1, 2).tolist()
+        self.recent = {}
+        figures = {name: above / max(below, 1e-12) for name, (above, below) in zip(names, sums, strict=True)}
+        for name, pair in zip(names, sums, strict=True):
+            if not math.isfinite(figures[name]):
+                raise UserError(
+                    f"{self.stage}: {name} became {figures[name]} in the {self.done} steps before step {step}; the last "
+                    f"checkpoint is kept; lower optimizer.lr_backbone and lr_head, or use precision=fp32"
+                )
+            old = self.overall.get(name, [0, 0])
+            self.overall[name] = [old[0] + pair[0], old[1] + pair[1]]
+            self.writer.add_scalar(f"{self.stage}/{name}", figures[name], step)
+        rate = self.done * images / (time.perf_counter() - self.started)
+        self.started, self.done = time.perf_counter(), 0
+        self.bar.set_postfix_str(_figures(figures))
+        if self.bar.disable:
+            left = (total - step) * images / rate
+            print(f"{self.stage} {step}/{total}  {_figures(figures)}  {rate:.1f} img/s  {left / 60:.1f} min left", flush=True)
+        figures = {name: round(value, 6) for name, value in figures.items()}
+        self.write_log(step=step, **figures, images_per_second=round(rate, 2), memory_gb=_memory_gb(self.device))
+
+    def write_log(self, **figures):
+        """Appends a line to the run's log.jsonl."""
+        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": self.stage, **figures}) + "\n")
+
+
+def _figures(figures):
+    return "  ".join(f"{name} {value:.3g}" for name, value in figures.items())
+
+
+def _precision(name, device):
+    if name == "auto" and device.type == "cuda":
+        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif name == "auto":
+        name = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+def _plain(config):
+    """A Config as plain dicts."""
+    return {k: _plain(v) for k, v in config.items()} if isinstance(config, dict) else config
+
+
+def _memory_gb(device):
+    """The peak so far: of the GPU's memory where there is one, else of this process's."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
+
+
+def _environment(device):
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return {
+        "commit": git.stdout.strip() or None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "opencv": cv2.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+    }
