@@ -1,0 +1,143 @@
+"""Scores networks on cfg.val, or segments a folder of images that nobody labelled.
+
+    python evaluate.py --weights runs/NAME/selftrain.pth              # with the configuration that it was trained with
+    python evaluate.py --cfg config.yaml --weights warmup.pth --weights selftrain.pth evaluation.scales=[1.0,0.5]
+    python evaluate.py --weights runs/NAME/selftrain.pth --images FOLDER --out DIR
+
+Scores go to results.json in the run's folder; predictions/, overlays/ and comparison.png beside it, or into DIR.
+"""
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from config import checked, classes, label_values, load_config
+from datasets import Folder, Images, Whole, read_image, resize
+from engine import Run, arguments, command, find, load_tensors, write_image, write_text
+from metrics import ConfusionMatrix, predictions
+from models import load_segmenter
+
+STAGES = ("source_only", "warmup", "selftrain_round1", "selftrain", "oracle")  # the table's order; others follow
+
+
+def main():
+    parser = arguments(__doc__, cfg=None)
+    parser.add_argument("--weights", action="append", required=True, metavar="FILE", help="a checkpoint, or its name in runs/NAME; may be given several times")
+    parser.add_argument("--images", metavar="FOLDER", help="segment these images instead of scoring cfg.val")
+    parser.add_argument("--out", metavar="DIR", help="where the pictures go (default: the run's folder)")
+    parser.add_argument("--ids", action="store_true", help="write label values as PNGs too: what the Cityscapes server takes")
+    args = parser.parse_intermixed_args()
+    saved = {} if args.cfg else load_tensors(args.weights[0])
+    if "config" in saved:
+        cfg = checked(saved["config"], args.overrides, args.weights[0])
+    else:
+        cfg = load_config(args.cfg or "config.yaml", args.overrides)
+    run = Run(cfg, "evaluate", "evaluation")
+    paths = [find(path, cfg) for path in args.weights]
+    if args.images:
+        whole = Whole(Folder(args.images), cfg.val.size, keep_aspect=True)
+    else:
+        whole = Whole(Images(cfg, "val", labelled=True), cfg.val.size)
+    out = Path(args.out) if args.out else run.folder
+    pictured = np.unique(np.linspace(0, len(whole) - 1, cfg.evaluation.pictures, dtype=int))
+    pictured = range(len(whole)) if args.images or args.ids else pictured
+
+    for path in paths:
+        student, saved = load_segmenter(path, cfg)
+        student_scores = segment(run, student, whole, out, path.stem, pictured, args.ids)
+        if args.images:
+            print(f"{path}: segmented {len(whole)} images into {out}")
+            continue
+        entry = student_scores | {
+            "scales": cfg.evaluation.scales,
+            "weights": "best_on_val" if path.stem.endswith("_best_on_val") else "last",
+            "split": cfg.val.split,
+            "step": saved.get("step"),
+        }
+        teacher, _ = load_segmenter(path, cfg, "teacher")
+        if teacher is not None:
+            entry["teacher_miou"] = segment(run, teacher, whole, out, path.stem)["miou"]
+        record(run.folder / "results.json", path.stem, entry)
+    if not args.images:
+        results = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
+        print(table(results, list(classes(cfg))))
+        compare(out, whole, results, cfg)
+
+
+def segment(run, model, whole, out, name, pictured=(), ids=False):
+    """The scores of a model on labelled images, {} on others; writes pictures of the numbers in `pictured`."""
+    cfg, matrix = run.cfg, ConfusionMatrix(len(classes(run.cfg)), run.device)
+    for sample, prediction, _ in predictions(run, run.place(model), whole, cfg.evaluation.scales):
+        if "label" in sample:
+            matrix.update(run.fetch(sample["label"]), prediction)
+        if sample["index"] in pictured:
+            prediction = prediction.cpu().numpy().astype(np.uint8)
+            picture = Path(whole.images.names[sample["index"]]).with_suffix(".png")
+            coloured = paint(prediction, cfg)
+            image = resize(sample["image"].numpy(), sample["shape"])
+            write_image(out / "predictions" / name / picture, coloured)
+            write_image(out / "overlays" / name / picture, cv2.addWeighted(image, 0.5, coloured, 0.5, 0))
+            if ids:
+                value = {k: v for v, k in sorted(label_values(cfg.val.ids, classes(cfg)).items(), reverse=True)}
+                lookup = np.array([value.get(k, 0) for k in range(256)], np.uint16)
+                values = lookup[prediction]
+                write_image(out / "ids" / name / picture, values.astype(np.uint8) if values.max() < 256 else values)
+    return matrix.scores(classes(cfg), cfg.evaluation.subsets) if whole.images.labelled else {}
+
+
+def paint(label, cfg):
+    """A label map (H, W) in the classes' colours, (H, W, 3); 255 is black."""
+    palette = np.zeros((256, 3), np.uint8)
+    palette[: len(classes(cfg))] = list(classes(cfg).values())
+    return palette[label]
+
+
+def record(path, stage, entry):
+    """Puts a stage's scores into results.json, rounded, beside those of other stages."""
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    results[stage] = json.loads(json.dumps(entry), parse_float=lambda text: round(float(text), 3))
+    order = [*STAGES, *results]
+    write_text(path, json.dumps(dict(sorted(results.items(), key=lambda item: order.index(item[0]))), indent=1) + "\n")
+
+
+def table(results, names):
+    """The results as a Markdown table, a row per stage."""
+    means = sorted({key for entry in results.values() for key in entry if key.startswith("miou_")})
+    head = ["", "mIoU", *means, "accuracy", "teacher", *names]
+    rows = []
+    for stage, entry in results.items():
+        figures = [entry.get(key) for key in ("miou", *means, "pixel_accuracy", "teacher_miou")]
+        figures += [entry["iou"].get(name) for name in names]
+        rows.append([stage, *("-" if x is None else f"{x:.1f}" for x in figures)])
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
+    lines.insert(1, " | ".join("-" * width for width in widths))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def compare(out, whole, results, cfg, rows=4):
+    """comparison.png: a few images, what each model makes of them, and their labels."""
+    pictures = [(stage, out / "predictions" / stage) for stage in results]
+    names = [Path(name).with_suffix(".png") for name in whole.images.names]
+    shown = [i for i, name in enumerate(names) if all((folder / name).exists() for _, folder in pictures)]
+    shown = [shown[j] for j in np.linspace(0, len(shown) - 1, min(rows, len(shown)), dtype=int)]
+    lines = []
+    for i in shown:
+        tiles = [whole.images.image(i), *(read_image(folder / names[i]) for _, folder in pictures)]
+        tiles.append(paint(whole.images.label(i), cfg))
+        height = min(tiles[0].shape[0], 144)
+        size = (height, round(tiles[0].shape[1] * height / tiles[0].shape[0]))
+        lines.append(np.hstack([np.pad(resize(tile, size), ((0, 4), (0, 4), (0, 0)), constant_values=255) for tile in tiles]))
+    if lines:
+        width = lines[0].shape[1]
+        head = np.full((18, width, 3), 255, np.uint8)
+        for k, title in enumerate(["image", *results, "label"]):
+            at = (k * (width // (len(results) + 2)) + 2, 13)
+            cv2.putText(head, title, at, cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
+        write_image(out / "comparison.png", np.vstack([head, *lines]))
+
+
+if __name__ == "__main__":
+    command(main)

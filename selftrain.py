@@ -1,0 +1,147 @@
+"""Stage 2: threshold-free self-training on bilateral-consensus pseudo-labels, in rounds. Leaves runs/NAME/selftrain.pth.
+
+    python selftrain.py --cfg config.yaml --init warmup.pth
+"""
+
+import math
+
+import torch
+from torch.utils.data import StackDataset
+
+from augment import class_mix, cross_domain_mix, strong_view
+from config import classes, load_config
+from datasets import Aligned, Crops, Images, RecalibrationImages, Whole, loader, read_label, translated_images
+from engine import Run, arguments, command, ema_decay, find, poly_lr, write_image
+from losses import Centroids, bilateral_consensus, supervised_loss, symmetric_distillation, upsample
+from metrics import predictions, validate
+from models import build_optimizer, ema_update, load_segmenter, make_teacher, recalibrate_batchnorm
+
+SCALES = (1.0, 0.5)  # of the probability labels; centroids from target images are taken at the last
+
+
+def main():
+    parser = arguments(__doc__)
+    parser.add_argument("--init", default="warmup.pth", metavar="FILE", help="what round 1 starts from (%(default)s)")
+    parser.add_argument("--force", action="store_true", help="replace earlier results")
+    args = parser.parse_intermixed_args()
+    cfg = load_config(args.cfg, args.overrides)
+    init = find(args.init, cfg)
+    for number in range(1, cfg.selftrain.rounds + 1):
+        stage = "selftrain" if number == cfg.selftrain.rounds else f"selftrain_round{number}"
+        run = Run(cfg, stage, "selftrain")
+        if not run.is_finished(args.force):
+            train(run, init, run.folder / "pseudo_labels" / f"round{number}")
+        init = run.result
+
+
+def train(run, init, folder):
+    """One round, from the network in the file `init`; `folder`: of its probability labels."""
+    cfg, options, total = run.cfg, run.cfg.selftrain, run.cfg.selftrain.steps
+
+    # data
+    source = Images(cfg, "source", labelled=True)
+    target = Images(cfg, "target", labelled=False)
+    beside = {"translated": translated_images(cfg, source)} if options.crdomix else {}
+    source_crops = Crops(cfg, run.stage, "source", source, options.batch, total, **beside)
+    recalibration = RecalibrationImages(run, options.batch)
+    val = Images(cfg, "val", labelled=True) if cfg.val_every else None
+    truth = {"truth": Images(cfg, "target", labelled=True).label} if options.diagnose else {}
+
+    # student, teacher, optimizer, centroids
+    student = run.place(load_segmenter(init, cfg)[0])
+    teacher = make_teacher(student)
+    optimizer = build_optimizer(student, **cfg.optimizer)
+    centroids = Centroids(len(classes(cfg)), cfg.model.channels, options.momentum).to(run.device)
+    state = {"student": student, "teacher": teacher, "optimizer": optimizer, "scaler": run.scaler, "centroids": centroids}
+    first = run.resume(state)
+
+    # probability labels and first centroids, fixed before the round's training begins
+    run.describe()
+    if first is None:
+        first = 0
+        label_target(run, student, target, centroids, folder)
+        if options.centroids == "crdomix":
+            centroids_of_source(run, student, source, beside, centroids)
+        student.train()
+        run.save(run.unfinished, first, state)
+    labels = Aligned(folder, target.names, read_label, "give --force to make the pseudo-labels anew")
+    target_crops = Crops(cfg, run.stage, "target", target, options.batch, total, pseudo=labels, **truth)
+
+    # training
+    size = source_crops.batch_size
+    crops = StackDataset(source=source_crops, target=target_crops)
+    for step, batch in run.steps(loader(run, crops, first * size, size), first, total, state):
+        for group in optimizer.param_groups:
+            group["lr"] = poly_lr(group["base_lr"], step, total, cfg.optimizer.power)
+        ema_update(teacher, student, ema_decay(step, cfg.ema_limit))
+        x_s, y_s, draws = batch["source"]["image"], batch["source"]["label"], batch["source"]["draws"]
+        x_t, y_p, target_draws = batch["target"]["image"], batch["target"]["pseudo"], batch["target"]["draws"]
+        x_cdm = cross_domain_mix(x_s, y_s, batch["source"].get("translated"), draws, options.strong)
+
+        with torch.no_grad(), run.autocast():
+            teacher_logits, teacher_features = teacher(torch.cat([x_s, x_cdm, x_t]))
+        y_f = centroids.assign(teacher_features[2 * size :], y_p.shape[-2:])
+        y_t = {"consensus": bilateral_consensus(y_p, y_f), "probability": y_p, "feature": y_f}[options.labels]
+        if options.class_mixing:
+            x_mix, y_mix = class_mix(x_s, y_s, x_t, y_t, (draws, target_draws), options.strong)
+        else:
+            x_mix, y_mix = strong_view(x_t, target_draws[:, :8], options.strong), y_t
+
+        with run.autocast():
+            logits, _ = student(torch.cat([x_s, x_cdm, x_mix]))
+        logits = upsample(logits, y_s.shape[-2:])
+        ce = supervised_loss(logits[:size], y_s)
+        ce_mix = supervised_loss(logits[2 * size :], y_mix)
+        kd = symmetric_distillation(
+            logits[: 2 * size], upsample(teacher_logits[: 2 * size], y_s.shape[-2:]), options.strong_to_weak
+        )
+        loss = ce + ce_mix + options.distill * kd
+
+        run.scaler.scale(loss).backward()
+        run.scaler.step(optimizer)
+        run.scaler.update()
+        optimizer.zero_grad()
+        for part, labelled in ((slice(2 * size, None), y_t), (slice(size, 2 * size), y_s)):
+            centroids.move(*centroids.class_means(teacher_features[part], teacher_logits[part], labelled, padded=True))
+
+        run.log(loss=loss, ce=ce, ce_mix=ce_mix, kd=kd, kept=(y_t != 255).float().mean())
+        if options.diagnose:
+            known = batch["target"]["truth"] != 255
+            run.log(
+                precision=((known & (y_t == batch["target"]["truth"])).sum(), (known & (y_t != 255)).sum()),
+                probability_accuracy=((known & (y_p == batch["target"]["truth"])).sum(), known.sum()),
+            )
+        if cfg.val_every and (step + 1) % cfg.val_every == 0:
+            validate(run, step + 1, val, recalibration, student, teacher)
+
+    with run.autocast():
+        recalibrate_batchnorm(student, recalibration)
+        recalibrate_batchnorm(teacher, recalibration)
+    run.finish(total, {"student": student, "teacher": teacher})
+
+
+def label_target(run, model, target, centroids, folder):
+    """Writes y^p for every target image as an 8-bit PNG of the image's size; takes the centroids where asked to."""
+    for sample, labels, outputs in predictions(run, model, Whole(target, run.cfg.target.sizes[-1]), SCALES):
+        name = target.names[sample["index"]].rpartition(".")[0] + ".png"
+        write_image(folder / name, labels.byte().cpu().numpy())
+        if run.cfg.selftrain.centroids == "target":
+            logits, features = outputs[-1]
+            centroids.accumulate(*centroids.class_means(features, logits))
+
+
+@torch.no_grad()
+def centroids_of_source(run, model, source, beside, centroids):
+    """Takes the centroids on x_cdm, the mixed source images: one crop of every image."""
+    options, model = run.cfg.selftrain, model.eval()
+    steps = math.ceil(len(source) / sum(options.batch))
+    crops = Crops(run.cfg, f"{run.stage} centroids", "source", source, options.batch, steps, **beside)
+    for batch in map(run.fetch, loader(run, crops, 0, crops.batch_size)):
+        x_cdm = cross_domain_mix(batch["image"], batch["label"], batch.get("translated"), batch["draws"], options.strong)
+        with run.autocast():
+            logits, features = model(x_cdm)
+        centroids.accumulate(*centroids.class_means(features, logits, batch["label"]))
+
+
+if __name__ == "__main__":
+    command(main)

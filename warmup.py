@@ -1,0 +1,86 @@
+"""Stage 1: distillation warm-up with cross-domain mixing. Leaves runs/NAME/warmup.pth.
+
+    python warmup.py --cfg config.yaml
+    python warmup.py --as source_only warmup.distill=0 warmup.crdomix=false bn_recalibrate=[source]   # the baseline
+"""
+
+import torch
+
+from augment import cross_domain_mix
+from config import classes, load_config
+from datasets import Crops, Images, RecalibrationImages, loader, translated_images
+from engine import Run, arguments, command, ema_decay, poly_lr
+from losses import supervised_loss, symmetric_distillation, upsample
+from metrics import validate
+from models import build_optimizer, build_segmenter, ema_update, make_teacher, recalibrate_batchnorm
+
+
+def main():
+    parser = arguments(__doc__)
+    parser.add_argument("--as", dest="stage", default="warmup", metavar="NAME", help="name of the result (%(default)s)")
+    parser.add_argument("--force", action="store_true", help="replace an earlier result")
+    args = parser.parse_intermixed_args()
+    cfg = load_config(args.cfg, args.overrides)
+    run = Run(cfg, args.stage, "warmup")
+    if not run.is_finished(args.force):
+        train(run)
+
+
+def train(run):
+    cfg, options, total = run.cfg, run.cfg.warmup, run.cfg.warmup.steps
+
+    # data
+    source = Images(cfg, options.labels_from, labelled=True)
+    beside = {"translated": translated_images(cfg, source)} if options.crdomix else {}
+    source_crops = Crops(cfg, run.stage, options.labels_from, source, options.batch, total, **beside)
+    recalibration = RecalibrationImages(run, options.batch)
+    val = Images(cfg, "val", labelled=True) if cfg.val_every else None
+
+    # student, teacher, optimizer
+    student = run.place(build_segmenter(num_classes=len(classes(cfg)), **cfg.model))
+    teacher = make_teacher(student)
+    optimizer = build_optimizer(student, **cfg.optimizer)
+    state = {"student": student, "teacher": teacher, "optimizer": optimizer, "scaler": run.scaler}
+    first = run.resume(state) or 0
+
+    # training
+    if run.stage == "warmup":
+        run.describe()
+    size = source_crops.batch_size
+    for step, batch in run.steps(loader(run, source_crops, first * size, size), first, total, state):
+        for group in optimizer.param_groups:
+            group["lr"] = poly_lr(group["base_lr"], step, total, cfg.optimizer.power)
+        ema_update(teacher, student, ema_decay(step, cfg.ema_limit))
+        x_s, y_s, draws = batch["image"], batch["label"], batch["draws"]
+
+        views = x_s
+        if options.distill:
+            views = torch.cat([x_s, cross_domain_mix(x_s, y_s, batch.get("translated"), draws, options.strong)])
+        with run.autocast():
+            logits, _ = student(views)
+        logits = upsample(logits, y_s.shape[-2:])
+        loss = ce = supervised_loss(logits[:size], y_s)
+        if options.distill:
+            with torch.no_grad(), run.autocast():
+                teacher_logits, _ = teacher(views)
+            teacher_logits = upsample(teacher_logits, y_s.shape[-2:])
+            kd = symmetric_distillation(logits, teacher_logits, options.strong_to_weak)
+            loss = ce + options.distill * kd
+            run.log(kd=kd)
+        run.log(loss=loss, ce=ce)
+
+        run.scaler.scale(loss).backward()
+        run.scaler.step(optimizer)
+        run.scaler.update()
+        optimizer.zero_grad()
+        if cfg.val_every and (step + 1) % cfg.val_every == 0:
+            validate(run, step + 1, val, recalibration, student, teacher)
+
+    with run.autocast():
+        recalibrate_batchnorm(student, recalibration)
+        recalibrate_batchnorm(teacher, recalibration)
+    run.finish(total, {"student": student, "teacher": teacher})
+
+
+if __name__ == "__main__":
+    command(main)
