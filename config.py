@@ -82,14 +82,16 @@ def choice(*options):
 
 def sequence(rule, low=0, high=10**6):
     words = f"{low}" if low == high else f"{low} or more"
-    return f"a list of {words}, each {rule[0]}", lambda v: (
-        isinstance(v, list) and low <= len(v) <= high and all(map(rule[1], v))
+    return (
+        f"a list of {words}, each {rule[0]}",
+        lambda v: isinstance(v, list) and low <= len(v) <= high and all(map(rule[1], v)),
     )
 
 
 def mapping(key, value, low=1):
-    return f"a mapping from {key[0]} to {value[0]}", lambda v: (
-        isinstance(v, dict) and len(v) >= low and all(map(key[1], v)) and all(map(value[1], v.values()))
+    return (
+        f"a mapping from {key[0]} to {value[0]}",
+        lambda v: isinstance(v, dict) and len(v) >= low and all(map(key[1], v)) and all(map(value[1], v.values())),
     )
 
 
@@ -277,7 +279,9 @@ def _check(tree, schema, prefix, path):
     for key, value in tree.items():
         if key not in schema:
             name = f"{prefix}{key}"
-            raise UserError(f"{path}: unknown key {_line(name)} = {_line(repr(value))}; the nearest is {_nearest(name)}")
+            raise UserError(
+                f"{path}: unknown key {_line(name)} = {_line(repr(value))}; the nearest is {_nearest(name)}"
+            )
     checked = Config()
     for key, rule in schema.items():
         if key not in tree:
@@ -316,7 +320,9 @@ def _check_together(config, path):
             raise UserError(f"{path}: {key} = {_line(repr(value))} must {must}")
 
     names = classes(config)
-    require(len(names) <= 254, "classes", f"{len(names)} of them", "be at most 254: label maps have 8 bits, 255 is ignored")
+    require(
+        len(names) <= 254, "classes", f"{len(names)} of them", "be at most 254: label maps have 8 bits, 255 is ignored"
+    )
     for domain in ("source", "target", "val"):
         ids = config[domain].ids
         if isinstance(ids, dict):
@@ -325,12 +331,18 @@ def _check_together(config, path):
     for key, wanted in config.evaluation.subsets.items():
         unknown = [name for name in wanted if name not in names]
         require(not unknown, f"evaluation.subsets.{key}", unknown, f"name one of the classes: {', '.join(names)}")
-    for stage, domains in (("translation", ("source", "target")), ("warmup", ("source",)), ("selftrain", ("source", "target"))):
+    for stage, domains in (
+        ("translation", ("source", "target")),
+        ("warmup", ("source",)),
+        ("selftrain", ("source", "target")),
+    ):
         batch = config[stage].batch
         require(sum(batch) > 0, f"{stage}.batch", batch, "hold at least one image")
         for domain in domains:
             sizes = config[domain].sizes
-            require(len(batch) == len(sizes), f"{stage}.batch", batch, f"have one count for each of {domain}.sizes {sizes}")
+            require(
+                len(batch) == len(sizes), f"{stage}.batch", batch, f"have one count for each of {domain}.sizes {sizes}"
+            )
             key = "translation.crop" if stage == "translation" else "crop"
             crop = config.translation.crop if stage == "translation" else config.crop
             fits = all(c <= s for size in sizes for c, s in zip(crop, size, strict=True))

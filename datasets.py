@@ -59,10 +59,14 @@ class Images(Folder):
         image_folder, label_folder, image_end, label_end = LAYOUTS[spec.layout]
         self.folder = Path(spec.root) / image_folder.format(split=spec.split or ".")
         if not self.folder.is_dir():
-            raise UserError(f"{self.folder}: no such folder of images; set {domain}.root, or see the README for the data")
+            raise UserError(
+                f"{self.folder}: no such folder of images; set {domain}.root, or see the README for the data"
+            )
         self.names = [name for name in list_images(self.folder) if Path(name).stem.endswith(image_end)]
         if not self.names:
-            raise UserError(f"{self.folder}: holds no images; is {domain}.split or {domain}.layout = {spec.layout} right?")
+            raise UserError(
+                f"{self.folder}: holds no images; is {domain}.split or {domain}.layout = {spec.layout} right?"
+            )
         if spec.list is not None:
             self.names = _narrow(self.names, spec.list, self.folder)
         if labelled:
@@ -72,7 +76,9 @@ class Images(Folder):
             for name in self.names:
                 stem = _stem(name).removesuffix(image_end) + label_end
                 if stem not in labels:
-                    raise UserError(f"{self.folder / name}: has no label {label_folder / stem}.png; add it or drop the image")
+                    raise UserError(
+                        f"{self.folder / name}: has no label {label_folder / stem}.png; add it or drop the image"
+                    )
                 self.label_paths.append(labels[stem])
             self.table = np.full(65536, NO_CLASS, np.uint8)
             for value, k in label_values(spec.ids, classes(cfg)).items():
@@ -102,7 +108,9 @@ class Images(Folder):
         label = cv2.LUT(values, self.table[:256]) if values.dtype == np.uint8 else self.table[values]
         if (label == NO_CLASS).any():
             value = values[label == NO_CLASS][0]
-            raise UserError(f"{self.label_paths[i]}: the label value {value} has no class; add it to ids (null: ignored)")
+            raise UserError(
+                f"{self.label_paths[i]}: the label value {value} has no class; add it to ids (null: ignored)"
+            )
         return label
 
 
@@ -159,7 +167,9 @@ def read_label(path, red_only=False):
     if red_only and values.ndim == 3:
         values = np.ascontiguousarray(values[..., 2])
     if values.ndim != 2:
-        raise UserError(f"{path}: is a colour image; a label holds one value a pixel: convert it to a gray or paletted PNG")
+        raise UserError(
+            f"{path}: is a colour image; a label holds one value a pixel: convert it to a gray or paletted PNG"
+        )
     if values.dtype not in (np.uint8, np.uint16):
         raise UserError(f"{path}: holds {values.dtype} values; a label holds 8- or 16-bit integers")
     return values

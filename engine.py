@@ -23,7 +23,18 @@ from config import UserError
 
 # keys that may differ between a checkpoint and the command that goes on with it; of the stages' own sections
 # (translation, warmup, selftrain) only the stage's own counts
-FREE_KEYS = {"name", "output", "stages", "device", "workers", "val", "evaluation", "log_every", "save_every", "val_every"}
+FREE_KEYS = {
+    "name",
+    "output",
+    "stages",
+    "device",
+    "workers",
+    "val",
+    "evaluation",
+    "log_every",
+    "save_every",
+    "val_every",
+}
 
 
 def command(main):
@@ -76,7 +87,9 @@ def write_atomically(path, write):
         os.replace(temporary, path)
     except (OSError, cv2.error) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be written ({reason}); free the place and run the same command again") from error
+        raise UserError(
+            f"{path}: cannot be written ({reason}); free the place and run the same command again"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -134,7 +147,9 @@ class Run:
         self.unfinished = self.folder / f"{stage}.unfinished.pth"
         if cfg.device == "cuda" and not torch.cuda.is_available():
             raise UserError("device = cuda, but PyTorch finds no GPU here; use device=auto or device=cpu")
-        self.device = torch.device(cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(
+            cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        )
         self.dtype = _precision(cfg.precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.recent, self.overall = {}, {}
@@ -223,7 +238,9 @@ class Run:
             total=total * images, initial=first * images, unit="img", desc=self.stage, disable=None, dynamic_ncols=True
         ) as self.bar:
             for step, batch in enumerate(batches, first):
-                torch.manual_seed(int(np.random.SeedSequence([self.cfg.seed, *self.stage.encode(), step]).generate_state(1)[0]))
+                torch.manual_seed(
+                    int(np.random.SeedSequence([self.cfg.seed, *self.stage.encode(), step]).generate_state(1)[0])
+                )
                 yield step, self.fetch(batch)
                 self.bar.update(images)
                 self.done += 1
@@ -244,7 +261,9 @@ class Run:
 
     def _flush(self, step, total, images):
         names = list(self.recent)
-        sums = [torch.as_tensor(x, dtype=torch.float64, device=self.device) for name in names for x in self.recent[name]]
+        sums = [
+            torch.as_tensor(x, dtype=torch.float64, device=self.device) for name in names for x in self.recent[name]
+        ]
         sums = torch.stack(sums).view(-1, 2).tolist()
         self.recent = {}
         figures = {name: above / max(below, 1e-12) for name, (above, below) in zip(names, sums, strict=True)}
@@ -262,7 +281,10 @@ class Run:
         self.bar.set_postfix_str(_figures(figures))
         if self.bar.disable:
             left = (total - step) * images / rate
-            print(f"{self.stage} {step}/{total}  {_figures(figures)}  {rate:.1f} img/s  {left / 60:.1f} min left", flush=True)
+            print(
+                f"{self.stage} {step}/{total}  {_figures(figures)}  {rate:.1f} img/s  {left / 60:.1f} min left",
+                flush=True,
+            )
         figures = {name: round(value, 6) for name, value in figures.items()}
         self.write_log(step=step, **figures, images_per_second=round(rate, 2), memory_gb=_memory_gb(self.device))
 
@@ -297,7 +319,9 @@ def _memory_gb(device):
 
 
 def _environment(device):
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
     return {
         "commit": git.stdout.strip() or None,
         "python": platform.python_version(),
@@ -305,6 +329,8 @@ def _environment(device):
         "torchvision": torchvision.__version__,
         "numpy": np.__version__,
         "opencv": cv2.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
     }

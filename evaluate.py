@@ -24,10 +24,18 @@ STAGES = ("source_only", "warmup", "selftrain_round1", "selftrain", "oracle")  #
 
 def main():
     parser = arguments(__doc__, cfg=None)
-    parser.add_argument("--weights", action="append", required=True, metavar="FILE", help="a checkpoint, or its name in runs/NAME; may be given several times")
+    parser.add_argument(
+        "--weights",
+        action="append",
+        required=True,
+        metavar="FILE",
+        help="a checkpoint, or its name in runs/NAME; may be given several times",
+    )
     parser.add_argument("--images", metavar="FOLDER", help="segment these images instead of scoring cfg.val")
     parser.add_argument("--out", metavar="DIR", help="where the pictures go (default: the run's folder)")
-    parser.add_argument("--ids", action="store_true", help="write label values as PNGs too: what the Cityscapes server takes")
+    parser.add_argument(
+        "--ids", action="store_true", help="write label values as PNGs too: what the Cityscapes server takes"
+    )
     args = parser.parse_intermixed_args()
     saved = {} if args.cfg else load_tensors(args.weights[0])
     if "config" in saved:
@@ -129,7 +137,9 @@ def compare(out, whole, results, cfg, rows=4):
         tiles.append(paint(whole.images.label(i), cfg))
         height = min(tiles[0].shape[0], 144)
         size = (height, round(tiles[0].shape[1] * height / tiles[0].shape[0]))
-        lines.append(np.hstack([np.pad(resize(tile, size), ((0, 4), (0, 4), (0, 0)), constant_values=255) for tile in tiles]))
+        lines.append(
+            np.hstack([np.pad(resize(tile, size), ((0, 4), (0, 4), (0, 0)), constant_values=255) for tile in tiles])
+        )
     if lines:
         width = lines[0].shape[1]
         head = np.full((18, width, 3), 255, np.uint8)

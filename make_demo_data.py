@@ -67,7 +67,9 @@ class Scene:
 
     def tint(self, name):
         colours = self.palette[name]
-        return np.array(colours[self.rng.integers(len(colours))]) * self.rng.uniform(0.85, 1.15) + self.rng.normal(0, 0.02, 3)
+        return np.array(colours[self.rng.integers(len(colours))]) * self.rng.uniform(0.85, 1.15) + self.rng.normal(
+            0, 0.02, 3
+        )
 
     def fill(self, pixels, colour, name, distance):
         points = np.clip(np.rint(pixels * 16), -(2**24), 2**24).astype(np.int32)
@@ -177,8 +179,12 @@ def draw_car(scene, x, z):
     half, length, waist, roof = 0.9, rng.uniform(3.4, 4.8), rng.uniform(0.8, 1.0), rng.uniform(1.35, 1.8)
     glass, dark = np.array([0.16, 0.19, 0.23]), np.array([0.07, 0.07, 0.08])
     near = -np.sign(x) * half + x  # the flank that the camera sees
-    scene.quad([(x - half, 0.02, z), (x + half, 0.02, z), (near, 0.02, z + length), (near, 0.02, z + length)], dark * 1.5)
-    scene.quad([(near, 0.25, z), (near, 0.25, z + length), (near, waist, z + length), (near, waist, z)], colour * 0.8, "car")
+    scene.quad(
+        [(x - half, 0.02, z), (x + half, 0.02, z), (near, 0.02, z + length), (near, 0.02, z + length)], dark * 1.5
+    )
+    scene.quad(
+        [(near, 0.25, z), (near, 0.25, z + length), (near, waist, z + length), (near, waist, z)], colour * 0.8, "car"
+    )
     front, back = z + 0.2 * length, z + 0.85 * length
     scene.quad([(near, waist, z), (near, waist, back), (near * 0.97 + x * 0.03, roof, back - 0.5), (near, roof, front)],
                glass * 1.3, "car")  # fmt: skip
@@ -212,10 +218,16 @@ def draw_world(rng, palette):
                 things += [(t, draw_tree, (edge + side * rng.uniform(0.5, 6), t)) for t in z + rng.uniform(0, depth, 3)]
             z += depth + rng.uniform(0, 1.5)
         kerb = left if side < 0 else right
-        things += [(t, draw_pole, (kerb + side * 0.5, t)) for t in np.arange(rng.uniform(4.5, 9), 24, rng.uniform(6, 9))]
+        things += [
+            (t, draw_pole, (kerb + side * 0.5, t)) for t in np.arange(rng.uniform(4.5, 9), 24, rng.uniform(6, 9))
+        ]
         things += [(t, draw_tree, (kerb + side * 1.2, t)) for t in rng.uniform(6, 60, rng.integers(0, 4))]
-        things += [(t, draw_bush, (edge + side * rng.uniform(-0.4, 0.6), t)) for t in rng.uniform(4, 40, rng.integers(0, 4))]
-        things += [(t, draw_person, (rng.uniform(*sorted((kerb, edge))), t)) for t in rng.uniform(5, 14, rng.integers(3, 8))]
+        things += [
+            (t, draw_bush, (edge + side * rng.uniform(-0.4, 0.6), t)) for t in rng.uniform(4, 40, rng.integers(0, 4))
+        ]
+        things += [
+            (t, draw_person, (rng.uniform(*sorted((kerb, edge))), t)) for t in rng.uniform(5, 14, rng.integers(3, 8))
+        ]
         lanes = rng.uniform(5, 30, rng.integers(1, 4))
         things += [(t, draw_car, (kerb - side * rng.uniform(1.1, 1.5), t)) for t in lanes]
     things += [(t, draw_person, (rng.uniform(left, right), t)) for t in rng.uniform(5, 13, rng.integers(0, 4))]
@@ -296,7 +308,13 @@ def main():
         return
     jobs = [(split, number) for split, count in SPLITS.items() for number in range(count)]
     with ProcessPoolExecutor() as pool:
-        list(tqdm(pool.map(partial(write, args.seed, *roots), *zip(*jobs, strict=True), chunksize=8), total=len(jobs), disable=None))
+        list(
+            tqdm(
+                pool.map(partial(write, args.seed, *roots), *zip(*jobs, strict=True), chunksize=8),
+                total=len(jobs),
+                disable=None,
+            )
+        )
     write_text(mark, text)
 
 

@@ -34,7 +34,6 @@ class Segmenter(nn.Module):
         return self.classifier(features), features
 
 
-
 class Head(nn.Module):
     """Parallel dilated convolutions, squeeze-excite over their concatenation, one convolution down to f.
 
@@ -161,7 +160,9 @@ def load_segmenter(path, cfg, which="student"):
         raise UserError(f"{path}: holds no segmentation network of warmup.py or selftrain.py")
     trained = Config(saved["config"])
     if list(classes(trained)) != list(classes(cfg)):
-        raise UserError(f"{path}: was trained for other classes than the configuration's: {', '.join(classes(trained))}")
+        raise UserError(
+            f"{path}: was trained for other classes than the configuration's: {', '.join(classes(trained))}"
+        )
     if which not in saved:
         return None, saved
     model = build_segmenter(num_classes=len(classes(cfg)), **saved["config"]["model"] | {"weights": None})
@@ -287,7 +288,9 @@ class Generator(nn.Module):
         state = {key.removeprefix("module."): value for key, value in state.items()}
         blocks = len({key.split(".")[1] for key in state if ".conv_block." in key})
         if "model.1.weight" not in state or not blocks:
-            raise UserError(f"{path}: no CycleGAN ResNet generator (there is no model.1.weight); see translation.weights")
+            raise UserError(
+                f"{path}: no CycleGAN ResNet generator (there is no model.1.weight); see translation.weights"
+            )
         # instance norm without affine has no state; files of old PyTorch versions hold statistics that nothing uses
         state = {k: v for k, v in state.items() if "running_" not in k and "num_batches" not in k}
         generator = cls(state["model.1.weight"].shape[0], blocks)

@@ -1,6 +1,6 @@
 """Stage 2: threshold-free self-training on bilateral-consensus pseudo-labels, in rounds. Leaves runs/NAME/selftrain.pth.
 
-    python selftrain.py --cfg config.yaml --init warmup.pth
+python selftrain.py --cfg config.yaml --init warmup.pth
 """
 
 import math
@@ -52,7 +52,13 @@ def train(run, init, folder):
     teacher = make_teacher(student)
     optimizer = build_optimizer(student, **cfg.optimizer)
     centroids = Centroids(len(classes(cfg)), cfg.model.channels, options.momentum).to(run.device)
-    state = {"student": student, "teacher": teacher, "optimizer": optimizer, "scaler": run.scaler, "centroids": centroids}
+    state = {
+        "student": student,
+        "teacher": teacher,
+        "optimizer": optimizer,
+        "scaler": run.scaler,
+        "centroids": centroids,
+    }
     first = run.resume(state)
 
     # probability labels and first centroids, fixed before the round's training begins
@@ -137,7 +143,9 @@ def centroids_of_source(run, model, source, beside, centroids):
     steps = math.ceil(len(source) / sum(options.batch))
     crops = Crops(run.cfg, f"{run.stage} centroids", "source", source, options.batch, steps, **beside)
     for batch in map(run.fetch, loader(run, crops, 0, crops.batch_size)):
-        x_cdm = cross_domain_mix(batch["image"], batch["label"], batch.get("translated"), batch["draws"], options.strong)
+        x_cdm = cross_domain_mix(
+            batch["image"], batch["label"], batch.get("translated"), batch["draws"], options.strong
+        )
         with run.autocast():
             logits, features = model(x_cdm)
         centroids.accumulate(*centroids.class_means(features, logits, batch["label"]))

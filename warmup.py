@@ -1,7 +1,7 @@
 """Stage 1: distillation warm-up with cross-domain mixing. Leaves runs/NAME/warmup.pth.
 
-    python warmup.py --cfg config.yaml
-    python warmup.py --as source_only warmup.distill=0 warmup.crdomix=false bn_recalibrate=[source]   # the baseline
+python warmup.py --cfg config.yaml
+python warmup.py --as source_only warmup.distill=0 warmup.crdomix=false bn_recalibrate=[source]   # the baseline
 """
 
 import torch
