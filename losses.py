@@ -110,7 +110,7 @@ class Centroids(nn.Module):
         up with the weight m (1 - m)^j.
         """
         row_of = (classes[:, None] == torch.arange(len(self.vectors), device=classes.device)).float()
-        later = row_of.flip(0).cumsum(0).flip(0) - 1
+        later = (row_of.flip(0).cumsum(0).flip(0) - 1).clamp(min=0)
         weights = self.momentum * (1 - self.momentum) ** later * row_of
         kept = (1 - self.momentum) ** row_of.sum(0)
         self.vectors.copy_(kept[:, None] * self.vectors + weights.T @ means.float())
@@ -121,5 +121,7 @@ class Centroids(nn.Module):
         features (B, C, h, w), size (H, W). Returns (B, H, W), int64.
         """
         pixels = features.float().flatten(2).transpose(1, 2)
-        closeness = torch.softmax(-torch.cdist(pixels, self.vectors[None].expand(len(pixels), -1, -1)), -1)
-        return upsample(closeness.transpose(1, 2).unflatten(2, features.shape[-2:]), size).argmax(1)
+        distance = torch.cdist(pixels, self.vectors[None].expand(len(pixels), -1, -1))
+        # classes outermost: of classes whose centroids are equal, none having been seen, argmax then takes the first
+        closeness = (-distance).transpose(1, 2).unflatten(2, features.shape[-2:]).contiguous().softmax(1)
+        return upsample(closeness, size).argmax(1)

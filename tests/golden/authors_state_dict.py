@@ -1,0 +1,35 @@
+"""Rebuild, from golden/authors_student_keys.json, a state dict with the exact key names and shapes of the
+checkpoint that the DiGA authors release (`student.pth`), filled with reproducible pseudo-random weights.
+
+    sd = authors_state_dict("authors_student_keys.json")
+
+The values are drawn per key from numpy's legacy RandomState, so they are the same on every machine and version.
+"""
+
+import json
+import zlib
+
+import numpy as np
+import torch
+
+
+def authors_state_dict(keys_json, salt=""):
+    with open(keys_json) as f:
+        shapes = json.load(f)
+    state = {}
+    for key, shape in shapes.items():
+        rng = np.random.RandomState(zlib.crc32((salt + key).encode()))
+        if key.endswith("num_batches_tracked"):
+            value = np.zeros(shape, np.int64)
+        elif key.endswith("running_var"):
+            value = rng.uniform(0.5, 1.5, shape)
+        elif key.endswith("running_mean"):
+            value = rng.uniform(-0.1, 0.1, shape)
+        elif len(shape) == 1 and key.endswith("weight"):  # affine scale of a norm layer
+            value = rng.uniform(0.4, 0.8, shape)
+        elif len(shape) == 1:  # biases
+            value = rng.uniform(-0.1, 0.1, shape)
+        else:  # conv and linear weights, He-scaled
+            value = rng.standard_normal(shape) * np.sqrt(2.0 / np.prod(shape[1:]))
+        state[key] = torch.from_numpy(np.asarray(value, np.int64 if value.dtype == np.int64 else np.float32))
+    return state

@@ -1,0 +1,125 @@
+"""Every number here was computed with the authors' published code: integers must be equal, floats to 1e-5 relative."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import augment
+import engine
+import losses
+import metrics
+import models
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden(name):
+    return {key: torch.from_numpy(np.asarray(value)) for key, value in np.load(GOLDEN / f"{name}.npz").items()}
+
+
+def equal(ours, theirs):
+    """To 1e-5 of the largest magnitude, the scale on which sums of single-precision numbers are exact."""
+    torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+
+
+def test_supervised_loss_and_its_gradient():
+    data = golden("supervised_ce")
+    logits = data["logits"].requires_grad_()
+    loss = losses.supervised_loss(logits, data["labels"])
+    loss.backward()
+    equal(loss.detach(), data["loss"])
+    equal(logits.grad, data["grad"])
+
+
+def test_symmetric_distillation_and_its_gradient():
+    data = golden("symmetric_kd")
+    student = data["student_logits"].requires_grad_()
+    teacher = data["teacher_logits"].requires_grad_()
+    loss = losses.symmetric_distillation(student, teacher, strong_to_weak=0.5)
+    loss.backward()
+    equal(loss.detach(), data["loss"])
+    equal(student.grad, data["grad"])
+    assert teacher.grad is None
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_class_means(labelled):
+    data = golden("class_means")
+    centroids = losses.Centroids(19, 256)
+    means, classes = centroids.class_means(data["features"], data["logits"], data["labels"] if labelled else None)
+    suffix = "with_labels" if labelled else "without_labels"
+    assert classes.tolist() == data[f"ids_{suffix}"].tolist()
+    equal(means, data[f"means_{suffix}"])
+
+
+def test_centroids_accumulate_then_move():
+    means, expected = golden("class_means"), golden("centroid_update")
+    centroids = losses.Centroids(19, 256, momentum=float(expected["momentum"]))
+    centroids.accumulate(means["means_without_labels"], means["ids_without_labels"])
+    equal(centroids.vectors, expected["after_running_mean"])
+    before = centroids.vectors.clone()
+    centroids.move(means["means_with_labels"], means["ids_with_labels"])
+    equal(centroids.vectors, expected["after_moving_average"])
+    # the move itself is 1e-4 of a vector, below the tolerance of the line above
+    moved = (expected["after_moving_average"] - expected["after_running_mean"]).norm()
+    assert abs((centroids.vectors - before).norm() - moved) < 1e-3 * moved
+
+
+def test_feature_labels_and_consensus():
+    data = golden("consensus")
+    centroids = losses.Centroids(19, 256)
+    centroids.vectors.copy_(data["centroids"])
+    feature_labels = centroids.assign(data["features"], data["feature_labels"].shape[-2:])
+    assert torch.equal(feature_labels, data["feature_labels"])
+    assert torch.equal(losses.bilateral_consensus(data["prob_labels"], feature_labels), data["consensus"])
+
+
+def test_masks_and_mixing():
+    data = golden("mixing")
+    chosen = torch.zeros(2, 256, dtype=torch.bool)
+    chosen[torch.arange(2)[:, None], data["chosen"]] = True
+    mask = augment.class_mask(data["source_labels"], chosen)
+    assert torch.equal(mask[:, 0].float(), data["mask"])
+    assert torch.equal(augment.mix(mask, data["source_strong"], data["translated"]), data["crdomix"])
+    assert torch.equal(augment.mix(mask, data["source_strong"], data["target_strong"]), data["crossmix"])
+    assert torch.equal(augment.mix(mask, data["source_labels"], data["target_labels"]), data["crossmix_labels"])
+
+
+def test_evaluation_at_two_scales():
+    data = golden("evaluation")
+    prediction = losses.probability_labels([data["logits_full"], data["logits_half"]], data["labels"].shape[-2:])
+    assert torch.equal(prediction, data["prediction"])
+    matrix = metrics.ConfusionMatrix(19)
+    matrix.update(data["labels"], prediction)
+    assert torch.equal(matrix.counts, data["confusion"].long())
+    scores = matrix.scores([str(k) for k in range(19)])
+    equal(torch.tensor(list(scores["iou"].values()), dtype=torch.float64) / 100, data["iou"])
+    assert scores["miou"] / 100 == pytest.approx(data["miou"].item(), rel=1e-5)
+
+
+def test_schedules():
+    data = golden("schedules")
+    for t, backbone, head, alpha in zip(*(data[k].tolist() for k in data), strict=True):
+        assert engine.poly_lr(2.5e-4, t, 80000, 0.9) == pytest.approx(backbone, rel=1e-5)
+        assert engine.poly_lr(2.5e-3, t, 80000, 0.9) == pytest.approx(head, rel=1e-5)
+        assert engine.ema_decay(t) == pytest.approx(alpha, rel=1e-5)
+
+
+def test_the_authors_checkpoint_gives_the_authors_output(tmp_path):
+    sys.path.insert(0, str(GOLDEN))
+    from authors_state_dict import authors_state_dict
+
+    data = golden("authors_network")
+    state = models.from_authors(authors_state_dict(GOLDEN / "authors_student_keys.json"))
+    model = models.build_segmenter("deeplab_v2_resnet101", 19).eval()
+    models.load_exactly(model, state, "golden")
+    assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}" == "65.06"
+    # their input is BGR, less a mean, over 128; ours is the picture itself, RGB in [0, 1]
+    image = data["image"].flip(1) * model.std + model.mean
+    with torch.no_grad():
+        logits, features = model(image)
+    equal(logits, data["logits"])
+    equal(features, data["features"])

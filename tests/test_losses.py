@@ -1,0 +1,133 @@
+"""The equations against slow, obvious versions of themselves."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import losses
+
+
+@pytest.fixture
+def rng():
+    return torch.Generator().manual_seed(0)
+
+
+def test_supervised_loss_counts_ignored_pixels_in_the_divisor(rng):
+    logits = torch.randn(2, 3, 4, 5, generator=rng)
+    labels = torch.randint(0, 3, (2, 4, 5), generator=rng)
+    labels[:, 0] = 255
+    total = sum(
+        -logits[b, :, i, j].log_softmax(0)[labels[b, i, j]] for b in range(2) for i in range(1, 4) for j in range(5)
+    )
+    assert losses.supervised_loss(logits, labels).item() == pytest.approx(total.item() / 40, rel=1e-5)
+
+
+def test_a_batch_without_any_label_has_loss_zero(rng):
+    labels = torch.full((1, 4, 4), 255)
+    assert losses.supervised_loss(torch.randn(1, 3, 4, 4, generator=rng), labels) == 0
+
+
+@pytest.mark.parametrize("kappa", [0.0, 0.25, 1.0])
+def test_symmetric_distillation_is_the_equation(rng, kappa):
+    student, teacher = torch.randn(2, 4, 5, 6, 7, generator=rng)
+    h = lambda p, q: -(p.softmax(0) * q.log_softmax(0)).sum(0).mean()  # noqa: E731
+    weak_to_strong = (h(teacher[0], student[2]) + h(teacher[1], student[3])) / 2
+    strong_to_weak = (h(teacher[2], student[0]) + h(teacher[3], student[1])) / 2
+    expected = weak_to_strong + kappa * strong_to_weak
+    assert losses.symmetric_distillation(student, teacher, kappa).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def slow_class_means(features, logits, labels, min_pixels):
+    means, classes = [], []
+    for f, prediction, label in zip(features, logits.argmax(1), labels, strict=True):
+        for k in range(logits.shape[1]):
+            pixels = [
+                f[:, i, j] for i in range(f.shape[1]) for j in range(f.shape[2]) if prediction[i, j] == k == label[i, j]
+            ]
+            if len(pixels) >= min_pixels:
+                means.append(torch.stack(pixels).mean(0))
+                classes.append(k)
+    return torch.stack(means), classes
+
+
+def test_class_means_with_labels_of_another_size(rng):
+    features, logits = torch.randn(2, 6, 8, 9, generator=rng), torch.randn(2, 4, 8, 9, generator=rng)
+    small = torch.randint(0, 4, (2, 8, 9), generator=rng)
+    small[:, :2] = 255
+    labels = small.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    means, classes = slow_class_means(features, logits, small, 3)
+    ours = losses.Centroids(4, 6).class_means(features, logits, labels, min_pixels=3)
+    assert ours[1].tolist() == classes
+    torch.testing.assert_close(ours[0], means)
+
+
+def test_padded_class_means_move_centroids_alike(rng):
+    features, logits = torch.randn(3, 6, 4, 4, generator=rng), torch.randn(3, 5, 4, 4, generator=rng)
+    start = torch.randn(5, 6, generator=rng)
+    one, other = losses.Centroids(5, 6, momentum=0.1), losses.Centroids(5, 6, momentum=0.1)
+    one.vectors.copy_(start)
+    other.vectors.copy_(start)
+    one.move(*one.class_means(features, logits, min_pixels=4))
+    means, classes = other.class_means(features, logits, min_pixels=4, padded=True)
+    other.move(means, classes)
+    assert len(classes) == 15
+    assert 255 in classes
+    torch.testing.assert_close(one.vectors, other.vectors)
+    assert not torch.equal(one.vectors, start)
+
+
+@pytest.mark.parametrize("momentum", [1e-4, 0.3, 1.0])
+def test_move_is_one_row_after_the_other(rng, momentum):
+    centroids = losses.Centroids(4, 3, momentum=momentum)
+    expected = torch.randn(4, 3, generator=rng)
+    centroids.vectors.copy_(expected)
+    means, classes = torch.randn(9, 3, generator=rng), torch.tensor([0, 2, 2, 0, 255, 2, 1, 0, 2])
+    for mean, k in zip(means, classes.tolist(), strict=True):
+        if k != 255:
+            expected[k] = (1 - momentum) * expected[k] + momentum * mean
+    centroids.move(means, classes)
+    torch.testing.assert_close(centroids.vectors, expected)
+
+
+def test_accumulate_is_a_mean_until_the_cap_and_an_average_that_forgets_after_it(rng):
+    means = torch.randn(20, 3, generator=rng)
+    centroids = losses.Centroids(2, 3, cap=8)
+    centroids.accumulate(means[:8], torch.zeros(8, dtype=torch.long))
+    torch.testing.assert_close(centroids.vectors[0], means[:8].mean(0))
+    expected = means[:8].mean(0)
+    for mean in means[8:]:
+        expected = (expected * 8 + mean) / 9
+    centroids.accumulate(means[8:], torch.zeros(12, dtype=torch.long))
+    torch.testing.assert_close(centroids.vectors[0], expected)
+    assert centroids.counts.tolist() == [8, 0]
+    assert not centroids.vectors[1].any()
+
+
+def test_assign_is_the_equation(rng):
+    centroids = losses.Centroids(3, 4)
+    centroids.vectors.copy_(torch.randn(3, 4, generator=rng))
+    features = torch.randn(1, 4, 3, 5, generator=rng)
+    closeness = torch.zeros(1, 3, 3, 5)
+    for i in range(3):
+        for j in range(5):
+            away = [math.dist(features[0, :, i, j], rho) for rho in centroids.vectors]
+            closeness[0, :, i, j] = torch.tensor([-d for d in away]).softmax(0)
+    expected = F.interpolate(closeness, (9, 15), mode="bilinear", align_corners=True).argmax(1)
+    assert torch.equal(centroids.assign(features, (9, 15)), expected)
+
+
+def test_semantic_edges_are_where_a_neighbour_differs(rng):
+    labels = torch.randint(0, 3, (2, 6, 7), generator=rng)
+    translated, images = torch.rand(2, 2, 3, 6, 7, generator=rng)
+    total = 0.0
+    for b in range(2):
+        for i in range(6):
+            for j in range(7):
+                near = [(i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)]
+                near = [labels[b, y, x] for y, x in near if 0 <= y < 6 and 0 <= x < 7]
+                if any(label != labels[b, i, j] for label in near):
+                    total += (translated[b, :, i, j] - images[b, :, i, j]).abs().sum().item()
+    loss = losses.semantic_edge_loss(translated, images, labels)
+    assert loss.item() == pytest.approx(total / images.numel(), rel=1e-5)
