@@ -82,9 +82,9 @@ def write_atomically(path, write):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
-        with open(temporary, "rb") as file:
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except (OSError, cv2.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
@@ -290,7 +290,7 @@ class Run:
 
     def write_log(self, **figures):
         """Appends a line to the run's log.jsonl."""
-        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": self.stage, **figures}) + "\n")
 
 

@@ -232,7 +232,7 @@ def draw_world(rng, palette):
         things += [(t, draw_car, (kerb - side * rng.uniform(1.1, 1.5), t)) for t in lanes]
     things += [(t, draw_person, (rng.uniform(left, right), t)) for t in rng.uniform(5, 13, rng.integers(0, 4))]
     things += [(t, draw_car, (rng.uniform(left, right) * 0.4, t)) for t in rng.uniform(9, 40, rng.integers(0, 3))]
-    for z, draw, place in sorted(things, key=lambda thing: -thing[0]):
+    for _, draw, place in sorted(things, key=lambda thing: -thing[0]):
         draw(scene, *place)
     return scene
 

@@ -8,13 +8,14 @@ The values are drawn per key from numpy's legacy RandomState, so they are the sa
 
 import json
 import zlib
+from pathlib import Path
 
 import numpy as np
 import torch
 
 
 def authors_state_dict(keys_json, salt=""):
-    with open(keys_json) as f:
+    with Path(keys_json).open() as f:
         shapes = json.load(f)
     state = {}
     for key, shape in shapes.items():

@@ -1,0 +1,142 @@
+"""What a configuration may hold, and the one line that says what is wrong with it."""
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from config import SCHEMA, UserError, classes, label_values, load_config
+
+SHIPPED = [ROOT / "config.yaml", *sorted((ROOT / "configs").glob("*.yaml"))]
+
+
+def error(path, *overrides):
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_configurations_are_valid(path):
+    assert load_config(path).name
+
+
+def test_every_key_stands_in_config_yaml_with_a_line_on_it():
+    def keys(tree, prefix=""):
+        for key, value in tree.items():
+            yield from keys(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [prefix + key]
+
+    text = (ROOT / "config.yaml").read_text()
+    assert list(keys(yaml.safe_load(text))) == list(keys(SCHEMA))
+    explained = {line.strip().partition(":")[0] for line in text.splitlines() if "#" in line}
+    assert {key.rpartition(".")[2] for key in keys(SCHEMA)} <= explained
+
+
+def test_scientific_notation_is_a_number():
+    assert load_config(ROOT / "config.yaml").optimizer.lr_backbone == 7.5e-4
+    assert load_config(ROOT / "config.yaml", ["optimizer.lr_head=1e-4"]).optimizer.lr_head == 1e-4
+    assert load_config(ROOT / "config.yaml", ["optimizer.lr_head=.5E-3"]).optimizer.lr_head == 5e-4
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("warmup.stepz=5", ["warmup.stepz", "5", "warmup.steps"]),
+        ("steps=5", ["unknown key steps", ".steps"]),
+        ("optimiser.lr_head=1", ["optimiser", "optimizer"]),
+        ("warmup.steps=0", ["warmup.steps", "0", "from 1"]),
+        ("warmup.steps=1.5", ["warmup.steps", "1.5", "integer"]),
+        ("warmup.steps=true", ["warmup.steps", "True", "integer"]),
+        ("warmup.distill=.nan", ["warmup.distill", "nan", "from 0"]),
+        ("warmup.distill=.inf", ["warmup.distill", "inf"]),
+        ("warmup=7", ["warmup", "7", "must hold the keys"]),
+        ("warmup.crdomix=1", ["warmup.crdomix", "1", "True | False"]),
+        ("precision=fp64", ["precision", "fp64", "bf16"]),
+        ("model.network=resnet19", ["model.network", "resnet19", "resnet18"]),
+        ("crop=[4096, 896]", ["crop", "4096", "fit into"]),
+        ("warmup.batch=[1, 2, 3]", ["warmup.batch", "[1, 2, 3]", "source.sizes"]),
+        ("warmup.batch=[0, 0]", ["warmup.batch", "[0, 0]", "at least one image"]),
+        ("classes={road: [1, 2, 3]}", ["classes"]),
+        ("source.ids={7: raod}", ["source.ids", "raod", "road"]),
+        ("evaluation.subsets={16: [road]}", ["evaluation.subsets"]),
+        ("evaluation.subsets={few: [raod]}", ["evaluation.subsets.few", "raod"]),
+        ("name=a/b", ["name", "a/b"]),
+        ("warmup.steps", ["warmup.steps", "key.sub=value"]),
+        ("warmup.steps=[", ["warmup.steps=[", "YAML"]),
+        ("seed=!!python/object/apply:os.system ['touch /tmp/never']", ["YAML", "could not determine a constructor"]),
+    ],
+)
+def test_one_line_names_the_key_the_value_and_what_to_do(override, parts):
+    line = error(ROOT / "config.yaml", override)
+    for part in parts:
+        assert part in line
+
+
+def test_a_base_is_read_one_level_deep(tmp_path):
+    (tmp_path / "a.yaml").write_text(f"base: {ROOT / 'config.yaml'}\nwarmup: {{steps: 7}}\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    cfg = load_config(tmp_path / "a.yaml", ["warmup.distill=1"])
+    assert (cfg.warmup.steps, cfg.warmup.distill, cfg.warmup.strong) == (7, 1, 0.4)
+    assert "one level" in error(tmp_path / "b.yaml")
+
+
+def test_classes_and_ids_replace_those_of_the_base_whole(tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        f"base: {ROOT / 'config.yaml'}\nclasses: {{x: [1, 2, 3], y: [4, 5, 6]}}\nsource: {{ids: {{3: x, 9: null}}}}\n"
+    )
+    cfg = load_config(tmp_path / "a.yaml")
+    assert classes(cfg) == {"x": (1, 2, 3), "y": (4, 5, 6)}
+    assert label_values(cfg.source.ids, classes(cfg)) == {3: 0, 9: 255}
+
+
+@pytest.mark.parametrize("text", ["", "- 1", "a: [", "warmup: {steps: 1, steps: 2}", "\x00", "base: missing.yaml"])
+def test_files_that_are_no_configuration(tmp_path, text):
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    assert str(tmp_path) in error(path)
+
+
+def test_a_missing_file_and_a_missing_key(tmp_path):
+    assert "cannot be read" in error(tmp_path / "none.yaml")
+    (tmp_path / "a.yaml").write_text("name: a\n")
+    assert "missing" in error(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(("count", "valid"), [(1, False), (2, True), (254, True), (255, False)])
+def test_2_to_254_classes(count, valid):
+    listing = ", ".join(f"c{k}: [{k}, 0, 0]" for k in range(count))
+    override = [f"classes={{{listing}}}"]
+    if valid:
+        assert len(classes(load_config(ROOT / "config.yaml", override))) == count
+    else:
+        assert "classes" in error(ROOT / "config.yaml", *override)
+
+
+def test_the_built_in_label_values():
+    names = list(classes(load_config(ROOT / "config.yaml")))
+    cityscapes, synthia = label_values("cityscapes", names), label_values("synthia", names)
+    order = lambda values: [next(v for v, k in values.items() if k == c) for c in range(19)]  # noqa: E731
+    assert order(cityscapes) == [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
+    assert order(synthia) == [3, 4, 2, 21, 5, 7, 15, 9, 6, 16, 1, 10, 17, 8, 18, 19, 20, 12, 11]
+    assert [v for v, k in cityscapes.items() if k == 255] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        9,
+        10,
+        14,
+        15,
+        16,
+        18,
+        29,
+        30,
+        34,
+        255,
+    ]
+    assert label_values("index", ["a", "b"]) == {0: 0, 1: 1, 255: 255}
+    assert label_values("cityscapes", ["sky"])[7] == 255

@@ -1,0 +1,339 @@
+"""Layouts, reading, geometry, and the one line for files that cannot be used."""
+
+import os
+import struct
+import time
+import zlib
+from concurrent.futures import ProcessPoolExecutor
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import CLASSES, IDS, SIZE, paletted_png, picture, save
+
+import datasets
+from config import UserError
+from datasets import Aligned, Crops, Images, Whole, list_images, read_image, read_label, resize
+
+
+def as_classes(label):
+    classes = np.full(label.shape, 255, np.uint8)
+    for k, name in enumerate(CLASSES):
+        classes[label == IDS[name]] = k
+    return classes
+
+
+# ---------------------------------------------------------------- layouts
+
+
+def test_gta5_with_paletted_labels_of_equal_colours(dataset, config):
+    palette = np.random.default_rng(0).integers(0, 255, (35, 3))
+    palette[34] = palette[IDS["car"]]  # as in GTA5, where two ids are drawn in one colour
+    for i in range(6):
+        image, label = picture(i)
+        label[-4:, -4:] = 34
+        (dataset / f"game/labels/{i:05d}.png").write_bytes(paletted_png(label, palette))
+    images = Images(config(), "source", labelled=True)
+    assert len(images) == 6
+    for i in range(6):
+        image, label = picture(i)
+        label[-4:, -4:] = 34
+        assert np.array_equal(images.image(i), image)
+        assert np.array_equal(images.label(i), as_classes(label))
+
+
+def test_cityscapes(config):
+    images = Images(config(), "target", labelled=True)
+    assert images.names == [f"a/a_{i}_leftImg8bit.png" for i in range(4)]
+    assert np.array_equal(images.label(2), as_classes(picture(102)[1]))
+    assert len(Images(config(), "val", labelled=True)) == 2
+
+
+def test_synthia_stores_the_class_in_the_first_of_three_16_bit_channels(dataset, config):
+    ids = {"sky": 1, "road": 3, "car": 8}
+    for i in range(2):
+        image, label = picture(i)
+        values = np.zeros((*SIZE, 3), np.uint16)
+        for name, value in ids.items():
+            values[label == IDS[name], 0] = value
+        values[..., 1] = 40000  # instance numbers
+        save(dataset / f"synthia/RGB/{i:07d}.png", image)
+        save(dataset / f"synthia/GT/LABELS/{i:07d}.png", values)
+    cfg = config("source.layout=synthia", f"source.root={dataset}/synthia", "source.ids=synthia")
+    images = Images(cfg, "source", labelled=True)
+    assert np.array_equal(images.label(1), as_classes(picture(1)[1]))
+
+
+@pytest.mark.parametrize("split", [None, "train"])
+def test_folder_with_any_extension(dataset, config, split):
+    root = dataset / "own" / (split or "")
+    image, label = picture(3)
+    for name in ("a.png", "b.bmp", "sub/c.tiff", "d.JPG"):
+        save(root / "images" / name, image)
+        save(root / "labels" / name.replace(".JPG", ".png").replace(".bmp", ".tif"), label)
+    ids = "{7: road, 23: sky, 26: car, 0: null}"
+    cfg = config(
+        "source.layout=folder", f"source.root={dataset}/own", f"source.split={split or 'null'}", f"source.ids={ids}"
+    )
+    images = Images(cfg, "source", labelled=True)
+    assert images.names == ["a.png", "b.bmp", "d.JPG", "sub/c.tiff"]
+    for i in range(4):
+        assert np.array_equal(images.label(i), as_classes(label))
+    assert np.array_equal(images.image(3), image)
+
+
+def test_a_list_narrows_the_dataset(dataset, config):
+    (dataset / "list.txt").write_text("00004.png\n00001.png\n")
+    images = Images(config(f"source.list={dataset}/list.txt"), "source", labelled=True)
+    assert images.names == ["00001.png", "00004.png"]
+
+
+def test_25000_files_are_listed_in_a_second(tmp_path):
+    for i in range(25000):
+        (tmp_path / f"{i:05d}.png").touch()
+    start = time.perf_counter()
+    assert len(list_images(tmp_path)) == 25000
+    assert time.perf_counter() - start < 1
+
+
+# ---------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_a_palettes_indices_are_read(tmp_path, depth):
+    rng = np.random.default_rng(depth)
+    indices = rng.integers(0, 2**depth, (13, 29))
+    (tmp_path / "a.png").write_bytes(paletted_png(indices, rng.integers(0, 256, (2**depth, 3)), depth))
+    assert np.array_equal(read_label(tmp_path / "a.png"), indices)
+
+
+def test_16_bit_gray_labels(tmp_path):
+    values = np.arange(600, dtype=np.uint16).reshape(20, 30)
+    save(tmp_path / "a.png", values)
+    assert np.array_equal(read_label(tmp_path / "a.png"), values)
+
+
+def bad_image(path, kind):
+    data = path.read_bytes()
+    if kind == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("not a picture")
+    elif kind == "damaged":
+        path.write_bytes(data[:200] + b"\0" * 40 + data[240:])
+    elif kind == "dangling":
+        path.unlink()
+        path.symlink_to("nowhere.png")
+    elif kind == "folder":
+        path.unlink()
+        path.mkdir()
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "text", "damaged", "dangling"])
+@pytest.mark.parametrize("what", ["images", "labels"])
+def test_a_broken_file_is_named_in_one_line(dataset, config, kind, what):
+    path = dataset / f"game/{what}/00003.png"
+    bad_image(path, kind)
+    with pytest.raises(UserError) as caught:
+        Images(config(), "source", labelled=True)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_jpeg(tmp_path):
+    save(tmp_path / "a.jpg", picture(0)[0])
+    assert read_image(tmp_path / "a.jpg").shape == (*SIZE, 3)
+    bad_image(tmp_path / "a.jpg", "truncated")
+    with pytest.raises(UserError, match=r"a\.jpg.*cut short"):
+        read_image(tmp_path / "a.jpg")
+
+
+def break_label(dataset, kind):
+    path = dataset / "game/labels/00003.png"
+    image, label = picture(3)
+    if kind == "missing":
+        path.unlink()
+    elif kind == "size":
+        save(path, label[:-1])
+    elif kind == "value":
+        label[9, 9] = 77
+        save(path, label)
+    elif kind == "colours":
+        save(path, image)
+    elif kind == "truncated":
+        bad_image(path, "truncated")
+    return path
+
+
+REMEDIES = {
+    "missing": "add it",
+    "size": "make them equal",
+    "value": "77 has no class; add it to ids",
+    "colours": "convert it",
+    "truncated": "restore the file",
+}
+
+
+@pytest.mark.parametrize("kind", REMEDIES)
+def test_bad_labels_end_a_stage_with_one_line_and_nothing_written(dataset, run, kind):
+    path = break_label(dataset, kind)
+    code, _, err = run("warmup", "warmup.crdomix=false")
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1
+    assert path.name in err
+    assert REMEDIES[kind] in err
+    assert not (dataset / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("source.root=/nowhere", "no such folder of images; set source.root"),
+        ("val.split=test", "camera/leftImg8bit/test: no such folder"),
+        ("source.list=/nowhere.txt", "/nowhere.txt"),
+    ],
+)
+def test_a_missing_dataset_or_split(dataset, run, override, part):
+    code, _, err = run("warmup", "warmup.crdomix=false", "val_every=1", override)
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1
+    assert part in err
+    assert not (dataset / "runs").exists()
+
+
+def test_an_empty_split(dataset, run):
+    (dataset / "camera/leftImg8bit/test").mkdir()
+    code, _, err = run("warmup", "warmup.crdomix=false", "val_every=1", "val.split=test")
+    assert code == 2
+    assert "holds no images" in err
+
+
+def test_a_label_value_that_only_a_loader_process_meets(dataset, run, monkeypatch):
+    """Beyond the files that are checked beforehand, a worker finds it while training."""
+    path = break_label(dataset, "value")
+    monkeypatch.setattr(Images, "_check", lambda self, i: None)
+    code, _, err = run("warmup", "warmup.crdomix=false", "workers=1", "warmup.steps=20", "max_class_share=1.0", "min_scale=1.0",
+                       "crop=[40, 56]", "source.sizes=[[48, 64], [48, 64]]")  # fmt: skip
+    assert code == 2
+    assert err.strip().splitlines()[-1].startswith(f"warmup.py: {path}: the label value 77")
+    assert len(err.strip().splitlines()) == 1
+    assert not (dataset / "runs/test/warmup.pth").exists()
+
+
+def test_two_images_of_one_name(dataset, config):
+    save(dataset / "game/images/00003.bmp", picture(3)[0])
+    with pytest.raises(UserError, match=r"00003.*rename one"):
+        Images(config(), "source", labelled=True)
+
+
+# ---------------------------------------------------------------- crops
+
+
+def crops(cfg, steps=8, **beside):
+    return Crops(cfg, "test", "source", Images(cfg, "source", labelled=True), [1, 1], steps, **beside)
+
+
+def equal_samples(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
+
+
+def test_a_sample_is_a_pure_function_of_its_number(config):
+    forwards, backwards = crops(config()), crops(config())
+    samples = [forwards[n] for n in range(16)]
+    assert all(equal_samples(samples[n], backwards[n]) for n in reversed(range(16)))
+    with ProcessPoolExecutor(1) as pool:
+        assert equal_samples(samples[5], pool.submit(crops(config()).__getitem__, 5).result())
+    assert not equal_samples(samples[5], crops(config("seed=1"))[5])
+    assert not np.array_equal(samples[5]["draws"], samples[6]["draws"])
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_the_number_of_loader_processes_changes_nothing(config, workers):
+    from engine import Run
+
+    cfg = config(f"workers={workers}")
+    batches = list(datasets.loader(Run(cfg, "test", "warmup"), crops(cfg), 2, 2))
+    expected = crops(cfg)
+    assert len(batches) == 7
+    for step, batch in enumerate(batches, 1):
+        for slot in range(2):
+            for key, value in expected[2 * step + slot].items():
+                assert np.array_equal(batch[key][slot], value)
+
+
+def test_every_image_once_an_epoch(config):
+    order = crops(config(), steps=9)
+    seen = [order._index(n) for n in range(18)]
+    assert sorted(seen[:6]) == sorted(seen[6:12]) == sorted(seen[12:]) == list(range(6))
+    assert seen[:6] != seen[6:12]
+
+
+def gradient(dataset, size=(60, 80)):
+    """Images whose red and green are the pixel's row and column, a label that is a function of both, and a copy."""
+    rows, columns = np.mgrid[0 : size[0], 0 : size[1]].astype(np.uint8)
+    image = np.stack([rows * 4, columns * 3, rows * 0], -1)
+    label = np.where((rows // 8 + columns // 8) % 2 == 0, IDS["road"], IDS["sky"]).astype(np.uint8)
+    for i in range(6):
+        save(dataset / f"game/images/{i:05d}.png", image)
+        save(dataset / f"game/labels/{i:05d}.png", label)
+    return image, label
+
+
+def test_image_label_and_translation_share_one_geometry(dataset, config):
+    image, _ = gradient(dataset)
+    cfg = config("source.sizes=[[48, 64], [60, 80]]")
+    names = Images(cfg, "source", labelled=True).names
+    for name in names:
+        save(dataset / "translated" / name, 255 - image)
+    translated = Aligned(dataset / "translated", names, read_image, "")
+    flips = scales = 0
+    for n in range(40):
+        sample = crops(cfg, 20, translated=translated)[n]
+        picture, label = sample["image"].astype(int), sample["label"]
+        assert picture.shape == (32, 40, 3)
+        assert np.abs(255 - picture - sample["translated"]).max() <= 1
+        rows, columns = picture[..., 0] / 4, picture[..., 1] / 3
+        # where the label's pixel came from, read off the image; half a pixel of doubt at the borders of its squares
+        inside = (np.abs((rows + 0.5) % 8 - 4) < 3) & (np.abs((columns + 0.5) % 8 - 4) < 3)
+        inside &= (rows > 1) & (columns > 1)
+        assert np.array_equal(label[inside], np.where((rows // 8 + columns // 8) % 2 == 0, 0, 2)[inside])
+        flips += columns[0, 0] > columns[0, -1]
+        steps = np.abs(np.diff(columns[16])).mean(), np.diff(rows[:, 20]).mean()
+        low, high = (1.0, 1 / 0.7) if n % 2 else (80 / 64, 80 / 64 / 0.7)
+        assert all(low * 0.95 <= step <= high * 1.05 for step in steps)
+        scales += abs(steps[0] - steps[1]) > 0.05
+    assert 8 < flips < 32
+    assert scales > 10  # each side has a factor of its own
+
+
+def test_no_side_is_scaled_below_the_crop(config):
+    cfg = config("min_scale=0.01", "source.sizes=[[40, 56], [48, 64]]")
+    assert all(crops(cfg)[n]["image"].shape == (32, 40, 3) for n in range(16))
+
+
+def test_a_crop_of_one_class_is_drawn_again(dataset, config):
+    def share_of_one_class(limit):
+        samples = crops(config(f"max_class_share={limit}", "source.sizes=[[60, 80], [60, 80]]", "crop=[16, 20]"), 40)
+        return np.mean([np.bincount(samples[n]["label"].ravel()).max() / 320 > 0.75 for n in range(80)])
+
+    for i in range(6):
+        image, label = picture(i, (60, 80))
+        save(dataset / f"game/images/{i:05d}.png", image)
+        save(dataset / f"game/labels/{i:05d}.png", label)
+    assert share_of_one_class(0.75) < 0.5 * share_of_one_class(1.0)
+
+
+def test_resize_without_a_change_is_the_identity():
+    image, label = picture(0)
+    assert np.array_equal(resize(image, SIZE), image)
+    assert np.array_equal(resize(label, SIZE, labels=True), label)
+
+
+def test_whole_keeps_proportions_where_asked(dataset):
+    save(dataset / "own/a.png", np.zeros((100, 50, 3), np.uint8))
+    sample = Whole(datasets.Folder(dataset / "own"), [50, 100], keep_aspect=True)[0]
+    assert sample["image"].shape == (100, 50, 3)
+    assert Whole(datasets.Folder(dataset / "own"), [20, 40], keep_aspect=True)[0]["image"].shape == (40, 20, 3)
