@@ -78,7 +78,7 @@ def dataset(tmp_path):
         "target": {"root": str(tmp_path / "camera"), "sizes": [[40, 56], [48, 64]]},
         "val": {"root": str(tmp_path / "camera"), "size": [48, 64]},
         "crop": [32, 40],
-        "model": {"network": "resnet18", "output_stride": 8, "channels": 32, "weights": None},
+        "model": {"network": "mobilenet_v2", "output_stride": 8, "channels": 32, "weights": None},
         "bn_images": 4,
         "translation": {"steps": 4, "batch": [0, 1], "crop": [32, 32], "filters": 4, "blocks": 1},
         "warmup": {"steps": 6, "batch": [1, 1]},

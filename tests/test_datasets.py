@@ -1,15 +1,10 @@
 """Layouts, reading, geometry, and the one line for files that cannot be used."""
 
-import os
-import struct
 import time
-import zlib
 from concurrent.futures import ProcessPoolExecutor
 
-import cv2
 import numpy as np
 import pytest
-import torch
 from conftest import CLASSES, IDS, SIZE, paletted_png, picture, save
 
 import datasets

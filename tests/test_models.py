@@ -1,0 +1,193 @@
+"""Networks against torchvision's own, the teacher, batch-norm recalibration, foreign weights."""
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import models
+from config import UserError
+
+
+def images(n=2, size=(65, 97)):
+    return torch.rand(n, 3, *size, generator=torch.Generator().manual_seed(0))
+
+
+def segmenter(network="resnet18", stride=8, **more):
+    torch.manual_seed(0)
+    return models.build_segmenter(network, 5, output_stride=stride, channels=32, **more)
+
+
+@pytest.mark.parametrize("network", ["resnet18", "resnet50", "mobilenet_v2", "deeplab_v2_resnet101"])
+@pytest.mark.parametrize("stride", [8, 16])
+def test_output_stride_and_normalisation(network, stride):
+    model = segmenter(network, stride).eval()
+    with torch.no_grad():
+        logits, features = model(images(1, (64, 96)))
+        # a multiple of the stride, plus the one row that the ceil-mode pooling of DeepLab-V2 adds
+        extra = int(network.startswith("deeplab"))
+        assert logits.shape == (1, 5, 64 // stride + extra, 96 // stride + extra)
+        assert features.shape == (1, 32, *logits.shape[2:])
+        normalised = torchvision.transforms.functional.normalize(
+            images(1), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        )
+        torch.testing.assert_close(model(images(1))[1], model.head(model.backbone(normalised)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [8, 16])
+def test_backbone_is_torchvisions_dilated_resnet_up_to_the_dilation_of_two_blocks(stride):
+    theirs = torchvision.models.resnet50(replace_stride_with_dilation=[False, stride == 8, True]).eval()
+    ours = models.build_segmenter("resnet50", 5, stride, 32).backbone.eval()
+    models.load_exactly(ours, {k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")}, "test")
+    # torchvision leaves the first block of a dilated stage at the stage before's dilation; DeepLab-V2 does not
+    for stage, dilation in ((theirs.layer3, 2), (theirs.layer4, 4)) if stride == 8 else ((theirs.layer4, 2),):
+        stage[0].conv2.dilation = stage[0].conv2.padding = (dilation, dilation)
+    with torch.no_grad():
+        x = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(images()))))
+        torch.testing.assert_close(ours(images()), theirs.layer4(theirs.layer3(theirs.layer2(theirs.layer1(x)))))
+
+
+def test_deeplab_freezes_the_batch_norms_scale_and_shift_but_not_their_statistics():
+    model = segmenter("deeplab_v2_resnet101").train()
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 104
+    assert not any(p.requires_grad for norm in norms for p in norm.parameters())
+    before = norms[-1].running_mean.clone()
+    model(images())
+    assert not torch.equal(before, norms[-1].running_mean)
+    optimizer = models.build_optimizer(model, "sgd", 7.5e-4, 2.5e-3, 0.9, 5e-4)
+    assert [group["base_lr"] for group in optimizer.param_groups] == [7.5e-4, 2.5e-3]
+    trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    assert trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert len(optimizer.param_groups[0]["params"]) == 104
+
+
+@pytest.mark.parametrize("network", ["resnet18", "mobilenet_v2"])
+def test_imagenet_weights_from_a_file(network, tmp_path):
+    theirs = torchvision.models.get_model(network)
+    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
+    ours = segmenter(network, weights=str(tmp_path / "weights.pth"))
+    first = theirs.conv1 if network == "resnet18" else theirs.features[0][0]
+    assert torch.equal(next(ours.backbone.parameters()), first.weight)
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    state = torchvision.models.resnet18().state_dict()
+    del state["layer1.0.conv1.weight"]
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=r"weights\.pth: lacks layer1\.0\.conv1\.weight"):
+        segmenter(weights=str(tmp_path / "weights.pth"))
+    torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=r"has unknown layer1\.2.* and \d+ more"):
+        segmenter(weights=str(tmp_path / "weights.pth"))
+    torch.save(state | {"layer1.0.conv1.weight": torch.zeros(1)}, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=r"layer1\.0\.conv1\.weight is \[1\], not \[64, 64, 3, 3\]"):
+        segmenter(weights=str(tmp_path / "weights.pth"))
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_a_weights_file_that_would_run_code_is_refused(tmp_path):
+    torch.save({"a": Payload(str(tmp_path / "ran"))}, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match="safe to load"):
+        segmenter(weights=str(tmp_path / "weights.pth"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_ema_moves_parameters_and_copies_buffers():
+    student = segmenter().train()
+    teacher = models.make_teacher(student)
+    old = {name: p.clone() for name, p in teacher.named_parameters()}
+    with torch.no_grad():
+        student(images())
+        for p in student.parameters():
+            p.add_(torch.randn(p.shape))
+    models.ema_update(teacher, student, 0.9)
+    new = dict(student.named_parameters())
+    for name, p in teacher.named_parameters():
+        torch.testing.assert_close(p, 0.9 * old[name] + 0.1 * new[name])
+    for (name, ours), theirs in zip(teacher.named_buffers(), student.buffers(), strict=True):
+        assert torch.equal(ours, theirs), name
+    models.ema_update(teacher, student, 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), student.parameters(), strict=True))
+
+
+def test_the_teacher_uses_batch_statistics_keeps_its_own_and_drops_nothing():
+    student = segmenter().train()
+    teacher = models.make_teacher(student)
+    before = copy.deepcopy(dict(teacher.named_buffers()))
+    with torch.no_grad():
+        first, second = teacher(images())[0], teacher(images())[0]
+        plain = copy.deepcopy(student).train()
+        plain.head.dropout.eval()
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, plain(images())[0])
+        assert not torch.allclose(first, copy.deepcopy(student).eval()(images())[0], atol=1e-3)
+        assert not torch.equal(student(images())[0], student(images())[0])  # where dropout is at work
+    for name, buffer in teacher.named_buffers():
+        if "num_batches" not in name:
+            assert torch.equal(buffer, before[name]), name
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_recalibration_is_the_plain_average_over_the_batches():
+    model = segmenter().train()
+    batches = [images(2), images(2).flip(0) * 0.5, images(2) ** 2]
+    norm, seen = model.backbone.bn1, []
+    hook = norm.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    models.recalibrate_batchnorm(model, batches)
+    hook.remove()
+    torch.testing.assert_close(norm.running_mean, torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0))
+    torch.testing.assert_close(norm.running_var, torch.stack([x.var((0, 2, 3)) for x in seen]).mean(0))
+    assert not model.training
+    assert norm.momentum == 0.1
+    before = norm.running_mean.clone()
+    models.recalibrate_batchnorm(model, [])
+    assert torch.equal(norm.running_mean, before)
+
+
+# ---------------------------------------------------------------- CycleGAN
+
+
+def test_a_published_generators_layout_loads(tmp_path):
+    """The key names and shapes of latest_net_G_A.pth, with the DataParallel prefix and old statistics it may have."""
+    shapes = {"model.1": (64, 3, 7, 7), "model.4": (128, 64, 3, 3), "model.7": (256, 128, 3, 3)}
+    shapes |= {f"model.{10 + b}.conv_block.{c}": (256, 256, 3, 3) for b in range(9) for c in (1, 5)}
+    shapes |= {"model.19": (256, 128, 3, 3), "model.22": (128, 64, 3, 3), "model.26": (3, 64, 7, 7)}
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for name, shape in shapes.items():
+        outputs = shape[1] if name in ("model.19", "model.22") else shape[0]  # transposed convolutions
+        state[f"{name}.weight"] = torch.randn(shape, generator=generator) * 0.02
+        state[f"{name}.bias"] = torch.randn(outputs, generator=generator) * 0.02
+    torch.save(state, tmp_path / "plain.pth")
+    old = {f"module.{k}": v for k, v in state.items()} | {"module.model.2.running_mean": torch.zeros(64)}
+    torch.save(old, tmp_path / "old.pth")
+    plain, prefixed = (models.Generator.from_file(tmp_path / name).eval() for name in ("plain.pth", "old.pth"))
+    x = images(1, (32, 48))
+    with torch.no_grad():
+        assert torch.equal(plain(x), prefixed(x))
+        assert plain(x).shape == x.shape
+        assert 0 <= plain(x).min() <= plain(x).max() <= 1
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"other\.pth: no CycleGAN"):
+        models.Generator.from_file(tmp_path / "other.pth")
+
+
+def test_the_discriminator_judges_70x70_patches():
+    judge = models.Discriminator(4)
+    x = torch.rand(1, 3, 128, 128, requires_grad=True)
+    scores = judge(x)
+    assert scores.shape == (1, 1, 14, 14)
+    layers = nn.Sequential(*(layer for layer in judge if not isinstance(layer, nn.InstanceNorm2d)))
+    layers(x)[0, 0, 7, 7].backward()
+    rows = x.grad.abs().sum((0, 1, 3)).nonzero().flatten()
+    assert rows[-1] - rows[0] + 1 == 70

@@ -1,0 +1,361 @@
+"""The commands, from files to files: all stages on small data, resuming, results, pictures, demo data."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import CLASSES, IDS, ROOT, SIZE, picture, save
+
+import make_demo_data
+import models
+from datasets import read_image, read_label
+
+
+def ok(outcome):
+    code, out, err = outcome
+    assert code == 0, err
+    return out
+
+
+def state(path):
+    return torch.load(path, weights_only=True)
+
+
+def same(a, b):
+    """Whether two checkpoints are equal bit for bit, their log totals and configurations included."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_all_stages_end_to_end(dataset, run, monkeypatch):
+    folder = dataset / "runs/test"
+    ok(run("translate_cyclegan"))
+    for i in range(6):
+        assert read_image(folder / f"translated/{i:05d}.png").shape == (*SIZE, 3)
+    assert not np.array_equal(read_image(folder / "translated/00000.png"), picture(0)[0])
+
+    ok(run("warmup", "--as", "source_only", "warmup.distill=0", "warmup.crdomix=false", "bn_recalibrate=[source]"))
+    ok(run("warmup", "val_every=3"))
+    ok(run("selftrain", "--init", "warmup.pth"))
+    oracle = ("warmup.labels_from=target", "warmup.distill=0", "warmup.crdomix=false", "bn_recalibrate=[target]")
+    ok(run("warmup", "--as", "oracle", *oracle))
+    for number in (1, 2):
+        for i in range(4):
+            labels = read_label(folder / f"pseudo_labels/round{number}/a/a_{i}_leftImg8bit.png")
+            assert labels.shape == SIZE
+            assert labels.max() < 3
+
+    stages = ["source_only", "warmup", "selftrain_round1", "selftrain", "oracle"]
+    weights = [argument for stage in reversed(stages) for argument in ("--weights", f"{stage}.pth")]
+    out = ok(run("evaluate", *weights, "--ids", "evaluation.scales=[1.0, 0.5]"))
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results) == stages
+    for stage, entry in results.items():
+        assert list(entry["iou"]) == list(CLASSES)
+        assert entry["miou"] == pytest.approx(np.mean([x for x in entry["iou"].values() if x is not None]), abs=2e-3)
+        assert (entry["scales"], entry["weights"], entry["split"]) == ([1.0, 0.5], "last", "val")
+        assert f"{entry['miou']:.1f}" in next(line for line in out.splitlines() if line.startswith(f"| {stage} "))
+
+    # pictures: colours of the classes, the image half seen through them; ids as the dataset has them
+    name = "b/b_4_leftImg8bit.png"
+    coloured, ids = read_image(folder / "predictions/warmup" / name), read_label(folder / "ids/warmup" / name)
+    for label, colour in ((IDS[k], colour) for k, colour in CLASSES.items()):
+        assert (coloured[ids == label] == colour).all()
+    assert set(np.unique(ids)) <= set(IDS.values())
+    image = read_image(dataset / "camera/leftImg8bit/val" / name).astype(int)
+    overlay = read_image(folder / "overlays/warmup" / name).astype(int)
+    assert np.abs(overlay - (image + coloured) / 2).max() <= 1
+    assert read_image(folder / "comparison.png").shape[1] > 6 * SIZE[1]
+
+    # the same files through cityscapesscripts
+    from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as official
+
+    monkeypatch.setattr(np, "in1d", np.isin, raising=False)
+    official.args.evalInstLevelScore = official.args.JSONOutput = official.args.colorized = False
+    official.args.quiet, official.args.evalPixelAccuracy = True, False
+    truth = sorted(map(str, (dataset / "camera/gtFine/val").rglob("*.png")))
+    theirs = official.evaluateImgLists(sorted(map(str, (folder / "ids/warmup").rglob("*.png"))), truth, official.args)
+    for name, iou in results["warmup"]["iou"].items():
+        assert iou / 100 == pytest.approx(theirs["classScores"][name], abs=1e-5)
+
+    # the log: every term, and how good the pseudo-labels were
+    lines = [line for line in log(folder) if line["stage"] == "selftrain" and "finished" not in line]
+    assert [line["step"] for line in lines] == [2, 4]
+    for line in lines:
+        assert {"loss", "ce", "ce_mix", "kd", "kept", "precision", "probability_accuracy", "images_per_second"} <= line.keys()
+        assert 0 <= line["kept"] <= 1
+    validations = [line for line in log(folder) if "val_miou_student" in line]
+    assert [line["step"] for line in validations] == [3, 6]
+    best = state(folder / "warmup_best_on_val.pth")
+    assert best["miou"] == pytest.approx(max(line["val_miou_student"] for line in validations), abs=1e-3)
+    assert json.loads((folder / "environment.json").read_text())["torch"] == torch.__version__
+    assert (folder / "tensorboard/warmup").is_dir()
+    ok(run("evaluate", "--cfg", folder / "config.yaml", "--weights", "warmup_best_on_val.pth"))
+    entry = json.loads((folder / "results.json").read_text())["warmup_best_on_val"]
+    assert entry["weights"] == "best_on_val"
+    assert entry["miou"] == pytest.approx(best["miou"], abs=1e-3)
+
+    # a stage that is finished is left alone, one of another configuration is not overwritten
+    before = (folder / "warmup.pth").stat().st_mtime_ns
+    assert "is finished" in ok(run("warmup", "workers=1", "log_every=1"))
+    code, _, err = run("warmup", "warmup.distill=2")
+    assert code == 2
+    assert "another warmup" in err
+    assert (folder / "warmup.pth").stat().st_mtime_ns == before
+    ok(run("warmup", "warmup.distill=2", "--force"))
+    assert (folder / "warmup.pth").stat().st_mtime_ns != before
+
+
+def test_the_baseline_reads_no_target_and_no_translation(dataset, run):
+    shutil.rmtree(dataset / "camera")
+    ok(run("warmup", "--as", "source_only", "warmup.distill=0", "warmup.crdomix=false", "bn_recalibrate=[source]"))
+    assert [line["stage"] for line in log(dataset / "runs/test")] == ["source_only"] * 4
+
+
+def test_the_source_only_step_is_plain_supervised_training(dataset, run, config):
+    """The whole command against a loop of a dozen lines."""
+    from datasets import Crops, Images
+    from engine import poly_lr
+
+    overrides = ("warmup.distill=0", "warmup.crdomix=false", "bn_recalibrate=[]", "optimizer.lr_backbone=0.01")
+    ok(run("warmup", *overrides))
+    cfg = config(*overrides)
+    torch.manual_seed(cfg.seed)
+    model = models.build_segmenter(num_classes=3, **cfg.model).to(memory_format=torch.channels_last).train()
+    groups = [{"params": model.backbone.parameters(), "lr": 0.01}, {"params": model.head.parameters()}, {"params": model.classifier.parameters()}]
+    optimizer = torch.optim.SGD(groups, 2.5e-3, momentum=0.9, weight_decay=5e-4)
+    base = [group["lr"] for group in optimizer.param_groups]
+    crops = Crops(cfg, "warmup", "source", Images(cfg, "source", True), [1, 1], 6)
+    for step in range(6):
+        for group, rate in zip(optimizer.param_groups, base, strict=True):
+            group["lr"] = poly_lr(rate, step, 6, 0.9)
+        samples = [crops[2 * step], crops[2 * step + 1]]
+        x = torch.stack([torch.from_numpy(s["image"]) for s in samples]).permute(0, 3, 1, 2) / 255
+        y = torch.stack([torch.from_numpy(s["label"]) for s in samples]).long()
+        # dropout's mask is the one thing that the loop takes from the command: its seed
+        torch.manual_seed(int(np.random.SeedSequence([0, *b"warmup", step]).generate_state(1)[0]))
+        logits = torch.nn.functional.interpolate(model(x)[0], y.shape[1:], mode="bilinear", align_corners=True)
+        loss = torch.nn.functional.cross_entropy(logits, y, ignore_index=255, reduction="sum") / y.numel()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    trained = state(dataset / "runs/test/warmup.pth")["student"]
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(trained[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def interrupt(monkeypatch, step):
+    """Makes the loop stop, as a kill would, before it has done `step` more steps."""
+    import engine
+
+    fetch, count = engine.Run.fetch, [0]
+
+    def counted(self, batch):
+        if isinstance(batch, dict) and "draws" in (batch if "image" in batch else next(iter(batch.values()))):
+            count[0] += 1
+            if count[0] > step:
+                raise KeyboardInterrupt
+        return fetch(self, batch)
+
+    monkeypatch.setattr(engine.Run, "fetch", counted)
+    return lambda: monkeypatch.setattr(engine.Run, "fetch", fetch)
+
+
+@pytest.mark.parametrize("script", ["translate_cyclegan", "warmup", "selftrain"])
+def test_a_stage_that_was_interrupted_ends_as_if_it_had_not_been(dataset, run, monkeypatch, script):
+    first, second = dataset / "runs/test", dataset / "runs/again"
+    if script != "translate_cyclegan":
+        ok(run("translate_cyclegan"))
+    if script == "selftrain":
+        ok(run("warmup"))
+    if first.exists():
+        shutil.copytree(first, second)
+    ok(run(script))
+    result = {"translate_cyclegan": "translator"}.get(script, script)
+    # 3 steps lie between two checkpoints; the centroids of self-training take 3 batches before its first step
+    for steps in (3, 1) if script != "selftrain" else (3 + 3, 1, 3 + 2):
+        restore = interrupt(monkeypatch, steps)
+        code, _, err = run(script, "name=again")
+        restore()
+        assert code == 130, err
+        assert "goes on" in err
+        assert not (second / f"{result}.pth").exists()
+    ok(run(script, "name=again", "workers=1"))
+    a, b = state(first / f"{result}.pth"), state(second / f"{result}.pth")
+    for checkpoint in (a, b):
+        del checkpoint["config"]
+    assert same(a, b)
+    assert not list(second.glob("*.unfinished.pth"))
+
+
+def test_the_seed_decides_everything(dataset, run):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        ok(run("warmup", "warmup.crdomix=false", f"name={name}", f"seed={seed}"))
+    a, b, c = (state(dataset / f"runs/{name}/warmup.pth")["student"] for name in "abc")
+    assert same(a, b)
+    assert not same(a, c)
+
+
+def test_translation_by_a_published_generator_or_elsewhere(dataset, run):
+    generator = models.Generator(8, 2)
+    torch.save(generator.state_dict(), dataset / "latest_net_G_A.pth")
+    out = ok(run("translate_cyclegan", f"translation.weights={dataset}/latest_net_G_A.pth"))
+    assert "6 translated images" in out
+    image = torch.from_numpy(picture(2)[0]).permute(2, 0, 1)[None] / 255
+    with torch.no_grad():
+        expected = (generator(image)[0] * 255).round().byte().permute(1, 2, 0).numpy()
+    ours = read_image(dataset / "runs/test/translated/00002.png")
+    assert np.abs(ours.astype(int) - expected).max() <= 1
+    assert not (dataset / "runs/test/translator.pth").exists()
+
+    shutil.move(dataset / "runs/test/translated", dataset / "elsewhere")
+    code, _, err = run("warmup")
+    assert code == 2
+    assert "run translate_cyclegan.py first" in err
+    ok(run("translate_cyclegan", f"translation.images={dataset}/elsewhere"))
+    ok(run("warmup", f"translation.images={dataset}/elsewhere"))
+    (dataset / "elsewhere/00003.png").unlink()
+    code, _, err = run("warmup", "name=other", f"translation.images={dataset}/elsewhere")
+    assert code == 2
+    assert "00003.png" in err
+
+
+def test_images_of_any_size_are_translated_at_their_size(dataset, run):
+    image, label = picture(0, (51, 67))
+    save(dataset / "game/images/00000.png", image)
+    save(dataset / "game/labels/00000.png", label)
+    ok(run("translate_cyclegan"))
+    assert read_image(dataset / "runs/test/translated/00000.png").shape == (51, 67, 3)
+
+
+def test_a_folder_of_images_without_labels(dataset, run):
+    ok(run("warmup", "warmup.crdomix=false"))
+    save(dataset / "photos/a.jpg", picture(7, (60, 90))[0])
+    save(dataset / "photos/trip/b.png", picture(8, (90, 60))[0])
+    weights = dataset / "runs/test/warmup.pth"
+    ok(run("evaluate", "--weights", weights, "--images", dataset / "photos", "--out", dataset / "out", "--ids"))
+    for kind in ("predictions", "overlays", "ids"):
+        assert cv2.imread(str(dataset / f"out/{kind}/warmup/a.png"), -1).shape[:2] == (60, 90)
+        assert cv2.imread(str(dataset / f"out/{kind}/warmup/trip/b.png"), -1).shape[:2] == (90, 60)
+    assert not (dataset / "runs/test/results.json").exists()
+
+
+def test_evaluation_takes_the_configuration_from_the_checkpoint(dataset, run, monkeypatch, capsys):
+    import engine
+    import evaluate
+
+    ok(run("warmup", "warmup.crdomix=false"))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--weights", str(dataset / "runs/test/warmup.pth")])
+    engine.command(evaluate.main)
+    assert "| warmup |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("--weights", "none.pth"), "none.pth: there is no such file"),
+        (("--weights", "test.yaml"), "test.yaml: not a file of tensors"),
+        (("--weights", "warmup.pth", "classes={road: [1, 1, 1], sky: [2, 2, 2]}"), "trained for other classes"),
+        (("--weights", "warmup.pth", "device=cuda"), "no GPU"),
+    ],
+)
+def test_evaluation_errors(dataset, run, arguments, part, monkeypatch):
+    monkeypatch.chdir(dataset)
+    if arguments[-1] == "device=cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    ok(run("warmup", "warmup.crdomix=false", "warmup.steps=1"))
+    code, _, err = run("evaluate", *arguments)
+    assert code == 2
+    assert part in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_it(dataset, run):
+    weights = models.build_segmenter("mobilenet_v2", 3).backbone.state_dict()
+    weights["features.3.conv.0.0.weight"][0, 0] = float("nan")
+    torch.save(weights, dataset / "weights.pth")
+    code, _, err = run("warmup", "warmup.crdomix=false", f"model.weights={dataset}/weights.pth")
+    assert code == 2
+    assert "kd became nan" in err
+    assert not (dataset / "runs/test/warmup.pth").exists()
+
+
+def test_the_commands_as_a_user_types_them(dataset):
+    """In processes of their own, with loader processes and the default precision."""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+
+    def shell(*arguments):
+        return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=env, capture_output=True, text=True)
+
+    done = shell("warmup.py", "--cfg", dataset / "test.yaml", "warmup.crdomix=false", "workers=2", "precision=auto")
+    assert done.returncode == 0, done.stderr
+    assert "warmup: wrote" in done.stdout
+    failed = shell("selftrain.py", "--cfg", dataset / "test.yaml", "--init", "nothing.pth")
+    assert failed.returncode == 2
+    assert len(failed.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_stages_on_a_gpu(run, precision):
+    for script in ("translate_cyclegan", "warmup", "selftrain"):
+        ok(run(script, "device=cuda", f"precision={precision}"))
+
+
+# ---------------------------------------------------------------- the built-in benchmark
+
+
+def test_demo_data_is_a_pure_function_of_the_seed():
+    for split in make_demo_data.SPLITS:
+        image, label = make_demo_data.render(0, split, 3)
+        again = make_demo_data.render(0, split, 3)
+        assert np.array_equal(image, again[0])
+        assert np.array_equal(label, again[1])
+        assert image.shape == (make_demo_data.HEIGHT, make_demo_data.WIDTH, 3)
+        assert not np.array_equal(image, make_demo_data.render(1, split, 3)[0])
+
+
+def test_demo_data_shows_every_class_in_every_split():
+    for split in make_demo_data.SPLITS:
+        labels = np.stack([make_demo_data.render(0, split, n)[1] for n in range(8)])
+        shares = {name: (labels == value).mean() for name, value in make_demo_data.LABEL.items()}
+        assert len(shares) == 8
+        assert min(shares.values()) > 0.005, shares
+        assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_demo_data_in_the_real_layouts(tmp_path, monkeypatch, capsys):
+    import engine
+    from config import load_config
+    from datasets import Images
+
+    monkeypatch.setattr(make_demo_data, "SPLITS", {"game": 3, "train": 2, "val": 2})
+    roots = [f"source.root={tmp_path}/game", f"target.root={tmp_path}/camera", f"val.root={tmp_path}/camera"]
+    monkeypatch.setattr(sys, "argv", ["make_demo_data.py", "--cfg", str(ROOT / "configs/demo.yaml"), *roots])
+    engine.command(make_demo_data.main)
+    cfg = load_config(ROOT / "configs/demo.yaml", roots)
+    for domain, split, count in (("source", "game", 3), ("target", "train", 2), ("val", "val", 2)):
+        images = Images(cfg, domain, labelled=True)
+        assert len(images) == count
+        assert np.array_equal(images.image(1), make_demo_data.render(0, split, 1)[0])
+        assert images.label(1).max() < 8
+    stamp = Path(tmp_path / "game/images/00000.png").stat().st_mtime_ns
+    engine.command(make_demo_data.main)
+    assert Path(tmp_path / "game/images/00000.png").stat().st_mtime_ns == stamp
+    assert "complete" in capsys.readouterr().out
