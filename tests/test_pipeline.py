@@ -98,7 +98,16 @@ def test_all_stages_end_to_end(dataset, run, monkeypatch):
     lines = [line for line in log(folder) if line["stage"] == "selftrain" and "finished" not in line]
     assert [line["step"] for line in lines] == [2, 4]
     for line in lines:
-        assert {"loss", "ce", "ce_mix", "kd", "kept", "precision", "probability_accuracy", "images_per_second"} <= line.keys()
+        assert {
+            "loss",
+            "ce",
+            "ce_mix",
+            "kd",
+            "kept",
+            "precision",
+            "probability_accuracy",
+            "images_per_second",
+        } <= line.keys()
         assert 0 <= line["kept"] <= 1
     validations = [line for line in log(folder) if "val_miou_student" in line]
     assert [line["step"] for line in validations] == [3, 6]
@@ -138,7 +147,11 @@ def test_the_source_only_step_is_plain_supervised_training(dataset, run, config)
     cfg = config(*overrides)
     torch.manual_seed(cfg.seed)
     model = models.build_segmenter(num_classes=3, **cfg.model).to(memory_format=torch.channels_last).train()
-    groups = [{"params": model.backbone.parameters(), "lr": 0.01}, {"params": model.head.parameters()}, {"params": model.classifier.parameters()}]
+    groups = [
+        {"params": model.backbone.parameters(), "lr": 0.01},
+        {"params": model.head.parameters()},
+        {"params": model.classifier.parameters()},
+    ]
     optimizer = torch.optim.SGD(groups, 2.5e-3, momentum=0.9, weight_decay=5e-4)
     base = [group["lr"] for group in optimizer.param_groups]
     crops = Crops(cfg, "warmup", "source", Images(cfg, "source", True), [1, 1], 6)
