@@ -255,7 +255,7 @@ def _read(path):
 
 def _parse(text, origin):
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        return _Loader(text).get_single_data()
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{origin}: not valid YAML ({_line(error)})") from error
 
