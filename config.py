@@ -142,7 +142,7 @@ SCHEMA = {
     "classes": either(choice("cityscapes"), mapping(TEXT, sequence(integer(0, 255), 3, 3), low=2)),
     "source": _dataset(sizes=sequence(SIZE, 1)),
     "target": _dataset(sizes=sequence(SIZE, 1)),
-    "val": _dataset(size=either(SIZE, NULL)),
+    "val": _dataset(size=either(SIZE, NULL)) | {"root": either(TEXT, NULL)},
     "crop": SIZE,
     "min_scale": number(0.01, 1),
     "max_class_share": number(0.01, 1),
@@ -328,6 +328,7 @@ def _check_together(config, path):
         if isinstance(ids, dict):
             unknown = [name for name in ids.values() if name is not None and name not in names]
             require(not unknown, f"{domain}.ids", unknown, f"name one of the classes: {', '.join(names)}")
+    require(config.val.root or not config.val_every, "val_every", config.val_every, "be 0 without val.root")
     for key, wanted in config.evaluation.subsets.items():
         unknown = [name for name in wanted if name not in names]
         require(not unknown, f"evaluation.subsets.{key}", unknown, f"name one of the classes: {', '.join(names)}")

@@ -1,4 +1,4 @@
-"""Scores networks on cfg.val, or segments a folder of images that nobody labelled.
+"""Scores networks on cfg.val, or segments images that nobody labelled: a folder's or, without val.root, the target's.
 
     python evaluate.py --weights runs/NAME/selftrain.pth              # with the configuration that it was trained with
     python evaluate.py --cfg config.yaml --weights warmup.pth --weights selftrain.pth evaluation.scales=[1.0,0.5]
@@ -46,8 +46,10 @@ def main():
     paths = [find(path, cfg) for path in args.weights]
     if args.images:
         whole = Whole(Folder(args.images), cfg.val.size, keep_aspect=True)
-    else:
+    elif cfg.val.root:
         whole = Whole(Images(cfg, "val", labelled=True), cfg.val.size)
+    else:
+        whole = Whole(Images(cfg, "target", labelled=False), cfg.target.sizes[-1])
     out = Path(args.out) if args.out else run.folder
     pictured = np.unique(np.linspace(0, len(whole) - 1, cfg.evaluation.pictures, dtype=int))
     pictured = range(len(whole)) if args.images or args.ids else pictured
@@ -55,8 +57,8 @@ def main():
     for path in paths:
         student, saved = load_segmenter(path, cfg)
         student_scores = segment(run, student, whole, out, path.stem, pictured, args.ids)
-        if args.images:
-            print(f"{path}: segmented {len(whole)} images into {out}")
+        if not student_scores:
+            print(f"{path}: pictures of {len(pictured)} images are in {out}")
             continue
         entry = student_scores | {
             "scales": cfg.evaluation.scales,
@@ -68,10 +70,12 @@ def main():
         if teacher is not None:
             entry["teacher_miou"] = segment(run, teacher, whole, out, path.stem)["miou"]
         record(run.folder / "results.json", path.stem, entry)
-    if not args.images:
+    stages = [path.stem for path in paths]
+    if whole.images.labelled:
         results = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
+        stages = list(results)
         print(table(results, list(classes(cfg))))
-        compare(out, whole, results, cfg)
+    compare(out, whole, stages, cfg)
 
 
 def segment(run, model, whole, out, name, pictured=(), ids=False):
@@ -125,27 +129,26 @@ def table(results, names):
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def compare(out, whole, results, cfg, rows=4):
-    """comparison.png: a few images, what each model makes of them, and their labels."""
-    pictures = [(stage, out / "predictions" / stage) for stage in results]
+def compare(out, whole, stages, cfg, rows=4):
+    """comparison.png: a few images, what each model makes of them, and their labels if there are any."""
+    folders = [out / "predictions" / stage for stage in stages]
     names = [Path(name).with_suffix(".png") for name in whole.images.names]
-    shown = [i for i, name in enumerate(names) if all((folder / name).exists() for _, folder in pictures)]
+    shown = [i for i, name in enumerate(names) if all((folder / name).exists() for folder in folders)]
     shown = [shown[j] for j in np.linspace(0, len(shown) - 1, min(rows, len(shown)), dtype=int)]
-    lines = []
+    titles, lines, width = ["image", *stages, *["label"] * whole.images.labelled], [], None
     for i in shown:
-        tiles = [whole.images.image(i), *(read_image(folder / names[i]) for _, folder in pictures)]
-        tiles.append(paint(whole.images.label(i), cfg))
-        height = min(tiles[0].shape[0], 144)
-        size = (height, round(tiles[0].shape[1] * height / tiles[0].shape[0]))
-        lines.append(
-            np.hstack([np.pad(resize(tile, size), ((0, 4), (0, 4), (0, 0)), constant_values=255) for tile in tiles])
-        )
+        tiles = [whole.images.image(i), *(read_image(folder / names[i]) for folder in folders)]
+        if whole.images.labelled:
+            tiles.append(paint(whole.images.label(i), cfg))
+        width = width or round(tiles[0].shape[1] * 144 / tiles[0].shape[0])
+        tiles = [np.pad(resize(tile, (144, width)), ((0, 4), (0, 4), (0, 0)), constant_values=255) for tile in tiles]
+        lines.append(np.hstack(tiles))
     if lines:
-        width = lines[0].shape[1]
-        head = np.full((18, width, 3), 255, np.uint8)
-        for k, title in enumerate(["image", *results, "label"]):
-            at = (k * (width // (len(results) + 2)) + 2, 13)
-            cv2.putText(head, title, at, cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
+        head = np.full((18, lines[0].shape[1], 3), 255, np.uint8)
+        for k, title in enumerate(titles):
+            cv2.putText(
+                head, title, (k * (width + 4) + 2, 13), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA
+            )
         write_image(out / "comparison.png", np.vstack([head, *lines]))
 
 

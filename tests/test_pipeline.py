@@ -81,7 +81,7 @@ def test_all_stages_end_to_end(dataset, run, monkeypatch):
     image = read_image(dataset / "camera/leftImg8bit/val" / name).astype(int)
     overlay = read_image(folder / "overlays/warmup" / name).astype(int)
     assert np.abs(overlay - (image + coloured) / 2).max() <= 1
-    assert read_image(folder / "comparison.png").shape[1] > 6 * SIZE[1]
+    assert read_image(folder / "comparison.png").shape[1] == 7 * (192 + 4)
 
     # the same files through cityscapesscripts
     from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as official
@@ -267,6 +267,19 @@ def test_a_folder_of_images_without_labels(dataset, run):
         assert cv2.imread(str(dataset / f"out/{kind}/warmup/a.png"), -1).shape[:2] == (60, 90)
         assert cv2.imread(str(dataset / f"out/{kind}/warmup/trip/b.png"), -1).shape[:2] == (90, 60)
     assert not (dataset / "runs/test/results.json").exists()
+
+
+def test_without_labels_to_score_with_the_target_is_pictured(dataset, run):
+    shutil.rmtree(dataset / "camera/gtFine")
+    ok(run("warmup", "warmup.crdomix=false", "val.root=null"))
+    out = ok(run("evaluate", "--weights", "warmup.pth", "val.root=null", "evaluation.pictures=3"))
+    assert "pictures of 3 images" in out
+    folder = dataset / "runs/test"
+    assert read_image(folder / "overlays/warmup/a/a_0_leftImg8bit.png").shape == (*SIZE, 3)
+    assert read_image(folder / "comparison.png").shape[1] == 2 * (192 + 4)
+    assert not (folder / "results.json").exists()
+    code, _, err = run("warmup", "val.root=null", "val_every=5")
+    assert (code, "val_every" in err) == (2, True)
 
 
 def test_evaluation_takes_the_configuration_from_the_checkpoint(dataset, run, monkeypatch, capsys):
