@@ -18,48 +18,54 @@ class Config(dict):
     __getattr__ = dict.__getitem__
 
 
-# Cityscapes' 19 classes in their order, with their colours; ids in Cityscapes and GTA5, and in SYNTHIA
+# Cityscapes' 19 classes in their order, with their colours; ids in Cityscapes and GTA5, in SYNTHIA, in Mapillary Vistas 1.2
 CITYSCAPES = {
-    "road": ((128, 64, 128), 7, 3),
-    "sidewalk": ((244, 35, 232), 8, 4),
-    "building": ((70, 70, 70), 11, 2),
-    "wall": ((102, 102, 156), 12, 21),
-    "fence": ((190, 153, 153), 13, 5),
-    "pole": ((153, 153, 153), 17, 7),
-    "traffic light": ((250, 170, 30), 19, 15),
-    "traffic sign": ((220, 220, 0), 20, 9),
-    "vegetation": ((107, 142, 35), 21, 6),
-    "terrain": ((152, 251, 152), 22, 16),
-    "sky": ((70, 130, 180), 23, 1),
-    "person": ((220, 20, 60), 24, 10),
-    "rider": ((255, 0, 0), 25, 17),
-    "car": ((0, 0, 142), 26, 8),
-    "truck": ((0, 0, 70), 27, 18),
-    "bus": ((0, 60, 100), 28, 19),
-    "train": ((0, 80, 100), 31, 20),
-    "motorcycle": ((0, 0, 230), 32, 12),
-    "bicycle": ((119, 11, 32), 33, 11),
+    "road": ((128, 64, 128), 7, 3, (13, 24, 41)),
+    "sidewalk": ((244, 35, 232), 8, 4, (2, 15)),
+    "building": ((70, 70, 70), 11, 2, (17,)),
+    "wall": ((102, 102, 156), 12, 21, (6,)),
+    "fence": ((190, 153, 153), 13, 5, (3,)),
+    "pole": ((153, 153, 153), 17, 7, (45, 47)),
+    "traffic light": ((250, 170, 30), 19, 15, (48,)),
+    "traffic sign": ((220, 220, 0), 20, 9, (50,)),
+    "vegetation": ((107, 142, 35), 21, 6, (30,)),
+    "terrain": ((152, 251, 152), 22, 16, (29,)),
+    "sky": ((70, 130, 180), 23, 1, (27,)),
+    "person": ((220, 20, 60), 24, 10, (19,)),
+    "rider": ((255, 0, 0), 25, 17, (20, 21, 22)),
+    "car": ((0, 0, 142), 26, 8, (55,)),
+    "truck": ((0, 0, 70), 27, 18, (61,)),
+    "bus": ((0, 60, 100), 28, 19, (54,)),
+    "train": ((0, 80, 100), 31, 20, (58,)),
+    "motorcycle": ((0, 0, 230), 32, 12, (57,)),
+    "bicycle": ((119, 11, 32), 33, 11, (52,)),
 }
 
 
 def classes(config):
     """The classes of a configuration: name -> (r, g, b), in the order of their numbers."""
     if config.classes == "cityscapes":
-        return {name: colour for name, (colour, _, _) in CITYSCAPES.items()}
+        return {name: colour for name, (colour, *_) in CITYSCAPES.items()}
+    if isinstance(config.classes, list):
+        return {name: CITYSCAPES[name][0] for name in config.classes}
     return {name: tuple(colour) for name, colour in config.classes.items()}
 
 
 def label_values(ids, names):
     """What each label value of a dataset stands for: value -> class number, or 255 where it is ignored.
 
-    ids: "cityscapes", "synthia", "index" (value k is class k, 255 ignored), or a mapping from value to class name or
-    None. A value that is not in the result has no class at all: an error in the data.
+    ids: "cityscapes", "synthia", "mapillary", "index" (value k is class k, 255 ignored), "train_ids" (Cityscapes' 19 in
+    their order, whichever of them are trained, 255 ignored), or a mapping from value to class name or None. A value that is not in the result has no class at all: an error in the data.
     """
     number = {name: k for k, name in enumerate(names)}
     if ids == "cityscapes":
-        ids = dict.fromkeys([*range(35), 255]) | {value: name for name, (_, value, _) in CITYSCAPES.items()}
+        ids = dict.fromkeys([*range(35), 255]) | {value: name for name, (_, value, _, _) in CITYSCAPES.items()}
     elif ids == "synthia":
-        ids = dict.fromkeys(range(23)) | {value: name for name, (_, _, value) in CITYSCAPES.items()}
+        ids = dict.fromkeys(range(23)) | {value: name for name, (_, _, value, _) in CITYSCAPES.items()}
+    elif ids == "mapillary":
+        ids = dict.fromkeys(range(66)) | {value: name for name, row in CITYSCAPES.items() for value in row[3]}
+    elif ids == "train_ids":
+        ids = {**dict(enumerate(CITYSCAPES)), 255: None}
     elif ids == "index":
         ids = {**{k: name for name, k in number.items()}, 255: None}
     return {value: number.get(name, 255) for value, name in ids.items()}
@@ -110,10 +116,13 @@ BATCH = sequence(integer(0, 4096), 1)
 
 def _dataset(**sizes):
     return {
-        "layout": choice("gta5", "synthia", "cityscapes", "folder"),
+        "layout": choice("gta5", "synthia", "cityscapes", "bdd100k", "folder"),
         "root": TEXT,
         "split": either(TEXT, NULL),
-        "ids": either(choice("cityscapes", "synthia", "index"), mapping(integer(0, 65535), either(TEXT, NULL))),
+        "ids": either(
+            choice("cityscapes", "synthia", "mapillary", "train_ids", "index"),
+            mapping(integer(0, 65535), either(TEXT, NULL)),
+        ),
         "list": either(TEXT, NULL),
         **sizes,
     }
@@ -131,6 +140,8 @@ def _training(**more):
     }
 
 
+ANY = "*"  # in the schema: any name
+
 SCHEMA = {
     "name": NAME,
     "output": TEXT,
@@ -139,19 +150,27 @@ SCHEMA = {
     "device": choice("auto", "cpu", "cuda"),
     "precision": choice("auto", "bf16", "fp16", "fp32"),
     "workers": integer(0, 256),
-    "classes": either(choice("cityscapes"), mapping(TEXT, sequence(integer(0, 255), 3, 3), low=2)),
+    "classes": either(
+        choice("cityscapes"), sequence(choice(*CITYSCAPES), 2), mapping(TEXT, sequence(integer(0, 255), 3, 3), low=2)
+    ),
     "source": _dataset(sizes=sequence(SIZE, 1)),
     "target": _dataset(sizes=sequence(SIZE, 1)),
     "val": _dataset(size=either(SIZE, NULL)) | {"root": either(TEXT, NULL)},
+    "more_val": {ANY: _dataset(size=either(SIZE, NULL))},
     "crop": SIZE,
     "min_scale": number(0.01, 1),
     "max_class_share": number(0.01, 1),
     "model": {
-        "network": choice("deeplab_v2_resnet101", "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2"),
+        "network": either(
+            choice("deeplab_v2_resnet101", "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2"),
+            ("smp/ARCHITECTURE/ENCODER", lambda v: re.fullmatch(r"smp/\w+/[\w.-]+", str(v)) is not None),
+        ),
         "output_stride": choice(8, 16),
         "channels": ("a multiple of 32 up to 4096", lambda v: type(v) is int and v in range(32, 4097, 32)),
         "weights": either(TEXT, NULL),
+        "auxiliary": number(0),
     },
+    "supervised": choice("ce", "ohem"),
     "optimizer": {
         "name": choice("sgd", "adamw"),
         "lr_backbone": RATE,
@@ -159,6 +178,7 @@ SCHEMA = {
         "momentum": number(0, 0.9999),
         "weight_decay": number(0, 1),
         "power": number(0, 10),
+        "warmup": integer(0),
     },
     "ema_limit": number(0, 1),
     "bn_recalibrate": sequence(choice("source", "target")),
@@ -269,13 +289,15 @@ def _merge(base, over, schema):
     """`over` on top of `base`; a mapping that is one value to the schema (classes, ids) is replaced whole."""
     merged = dict(base)
     for key, value in over.items():
-        rule = schema.get(key)
+        rule = schema.get(key, schema.get(ANY))
         nested = all(isinstance(x, dict) for x in (rule, value, merged.get(key)))
         merged[key] = _merge(merged[key], value, rule) if nested else value
     return merged
 
 
 def _check(tree, schema, prefix, path):
+    if ANY in schema:
+        schema = {key if NAME[1](key) else ANY: schema[ANY] for key in tree}
     for key, value in tree.items():
         if key not in schema:
             name = f"{prefix}{key}"
@@ -323,8 +345,10 @@ def _check_together(config, path):
     require(
         len(names) <= 254, "classes", f"{len(names)} of them", "be at most 254: label maps have 8 bits, 255 is ignored"
     )
-    for domain in ("source", "target", "val"):
-        ids = config[domain].ids
+    datasets = {key: config[key] for key in ("source", "target", "val")}
+    datasets |= {f"more_val.{key}": spec for key, spec in config.more_val.items()}
+    for domain, spec in datasets.items():
+        ids = spec.ids
         if isinstance(ids, dict):
             unknown = [name for name in ids.values() if name is not None and name not in names]
             require(not unknown, f"{domain}.ids", unknown, f"name one of the classes: {', '.join(names)}")
@@ -334,7 +358,7 @@ def _check_together(config, path):
         require(not unknown, f"evaluation.subsets.{key}", unknown, f"name one of the classes: {', '.join(names)}")
     for stage, domains in (
         ("translation", ("source", "target")),
-        ("warmup", ("source",)),
+        ("warmup", (config.warmup.labels_from,)),
         ("selftrain", ("source", "target")),
     ):
         batch = config[stage].batch

@@ -3,6 +3,7 @@
 Images are RGB uint8 (H, W, 3); label maps are uint8 (H, W), classes 0 ... K-1 and 255 where a pixel is ignored.
 """
 
+import functools
 import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -14,17 +15,18 @@ import torch
 from torch.utils.data import DataLoader, Dataset, StackDataset
 
 from augment import DRAWS
-from config import UserError, classes, label_values
+from config import Config, UserError, classes, label_values
 
 IGNORED, NO_CLASS = 255, 254
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# layout: image folder, label folder (in the root), ending of an image's and of its label's stem
+# layout: image folder, label folders (in the root; the first that is there), ending of an image's and of its label's stem
 LAYOUTS = {
-    "gta5": ("images", "labels", "", ""),
-    "synthia": ("RGB", "GT/LABELS", "", ""),
-    "cityscapes": ("leftImg8bit/{split}", "gtFine/{split}", "_leftImg8bit", "_gtFine_labelIds"),
-    "folder": ("{split}/images", "{split}/labels", "", ""),
+    "gta5": ("images", ["labels"], "", ""),
+    "synthia": ("RGB", ["GT/LABELS"], "", ""),
+    "cityscapes": ("leftImg8bit/{split}", ["gtFine/{split}"], "_leftImg8bit", "_gtFine_labelIds"),
+    "bdd100k": ("images/{split}", ["labels/{split}", "gtFine/{split}"], "", "_train_id"),
+    "folder": ("{split}/images", ["{split}/labels"], "", ""),
 }
 
 
@@ -47,16 +49,16 @@ class Folder:
 
 
 class Images(Folder):
-    """The images of a dataset and, if `labelled`, their label maps. cfg[domain] (source, target or val) says where.
+    """The images of a dataset and, if `labelled`, their label maps. domain: source, target, val or more_val.NAME.
 
     Raises UserError for a missing folder, an empty split, an image without a label, a list that names what is not there,
     and for what is wrong in any of 256 evenly spaced files; all are checked as they are read.
     """
 
     def __init__(self, cfg, domain, labelled):
-        spec = cfg[domain]
+        spec = functools.reduce(Config.__getitem__, domain.split("."), cfg)
         self.labelled, self.red_only = labelled, spec.layout == "synthia"
-        image_folder, label_folder, image_end, label_end = LAYOUTS[spec.layout]
+        image_folder, label_folders, image_end, label_end = LAYOUTS[spec.layout]
         self.folder = Path(spec.root) / image_folder.format(split=spec.split or ".")
         if not self.folder.is_dir():
             raise UserError(
@@ -70,7 +72,8 @@ class Images(Folder):
         if spec.list is not None:
             self.names = _narrow(self.names, spec.list, self.folder)
         if labelled:
-            label_folder = Path(spec.root) / label_folder.format(split=spec.split or ".")
+            label_folders = [Path(spec.root) / folder.format(split=spec.split or ".") for folder in label_folders]
+            label_folder = next((folder for folder in label_folders if folder.is_dir()), label_folders[0])
             labels = {_stem(name): label_folder / name for name in list_images(label_folder)}
             self.label_paths = []
             for name in self.names:
@@ -131,13 +134,21 @@ def _stem(name):
 
 
 def _narrow(names, path, folder):
+    """The names that a list file asks for. A line is a path that ends with a name; what follows a space is a label's."""
     try:
-        wanted = set(Path(path).read_text(encoding="utf-8").split("\n")) - {""}
+        lines = [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: this list of images cannot be read ({error})") from error
-    missing = sorted(wanted - set(names))
-    if missing or not wanted:
-        raise UserError(f"{path}: names {missing[0] if missing else 'no image'}; one path a line, relative to {folder}")
+    known, wanted = set(names), set()
+    for line in lines:
+        parts = (line if line in known else line.split()[0]).split("/")
+        ends = ("/".join(parts[i:]) for i in range(len(parts)))
+        name = next((end for end in ends if end in known), None)
+        if name is None:
+            raise UserError(f"{path}: names {line}; one path a line, relative to {folder}")
+        wanted.add(name)
+    if not wanted:
+        raise UserError(f"{path}: names no image; one path a line, relative to {folder}")
     return [name for name in names if name in wanted]
 
 
@@ -278,24 +289,23 @@ class Crops(Dataset):
 
 
 class Whole(Dataset):
-    """Whole images, in order, scaled to `size` (H, W), or as they are where it is None.
+    """Whole images, in order, scaled to as many pixels as `size` (H, W) has, in their own proportions, or not, where it is None.
 
-    keep_aspect: scaled to as many pixels as `size` has, in their own proportions.
     A sample: index; image (H, W, 3); shape, the (H, W) of the file; label at the file's size where labelled.
     """
 
-    def __init__(self, images, size=None, keep_aspect=False):
-        self.images, self.size, self.keep_aspect = images, size, keep_aspect
+    def __init__(self, images, size=None):
+        self.images, self.size = images, size
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, i):
         image = self.images.image(i)
-        size = self.size or image.shape[:2]
-        if self.keep_aspect:
-            factor = (size[0] * size[1] / (image.shape[0] * image.shape[1])) ** 0.5
-            size = [max(round(side * factor), 8) for side in image.shape[:2]]
+        size = image.shape[:2]
+        if self.size is not None:
+            factor = (self.size[0] * self.size[1] / (size[0] * size[1])) ** 0.5
+            size = [max(round(side * factor), 8) for side in size]
         sample = {"index": i, "shape": image.shape[:2], "image": resize(image, size)}
         if self.images.labelled:
             sample["label"] = self.images.to_classes(self.images.label_values(i, image), i)

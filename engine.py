@@ -67,6 +67,12 @@ def poly_lr(base, step, total, power):
     return base * (1 - step / total) ** power
 
 
+def set_learning_rate(optimizer, step, total, power, warmup, **_):
+    """Gives every group its base rate's poly_lr, which rises linearly over the first `warmup` steps."""
+    for group in optimizer.param_groups:
+        group["lr"] = poly_lr(group["base_lr"], step, total, power) * min(1, (step + 1) / (warmup + 1))
+
+
 def ema_decay(step, limit=0.999):
     """alpha of the teacher's update at `step`, counted from 0: min(1 - 1 / (step + 1), limit)."""
     return min(1 - 1 / (step + 1), limit)

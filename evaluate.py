@@ -1,5 +1,6 @@
 """Scores networks on cfg.val, or segments images that nobody labelled: a folder's or, without val.root, the target's.
 
+    python evaluate.py --cfg config.yaml                              # every stage of the run that is finished
     python evaluate.py --weights runs/NAME/selftrain.pth              # with the configuration that it was trained with
     python evaluate.py --cfg config.yaml --weights warmup.pth --weights selftrain.pth evaluation.scales=[1.0,0.5]
     python evaluate.py --weights runs/NAME/selftrain.pth --images FOLDER --out DIR
@@ -13,7 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from config import checked, classes, label_values, load_config
+from config import UserError, checked, classes, label_values, load_config
 from datasets import Folder, Images, Whole, read_image, resize
 from engine import Run, arguments, command, find, load_tensors, write_image, write_text
 from metrics import ConfusionMatrix, predictions
@@ -27,55 +28,77 @@ def main():
     parser.add_argument(
         "--weights",
         action="append",
-        required=True,
         metavar="FILE",
-        help="a checkpoint, or its name in runs/NAME; may be given several times",
+        help="a checkpoint, or its name in runs/NAME; may be given several times (default: all in runs/NAME)",
     )
-    parser.add_argument("--images", metavar="FOLDER", help="segment these images instead of scoring cfg.val")
+    parser.add_argument("--images", metavar="FOLDER", help="segment these images instead")
     parser.add_argument("--out", metavar="DIR", help="where the pictures go (default: the run's folder)")
     parser.add_argument(
         "--ids", action="store_true", help="write label values as PNGs too: what the Cityscapes server takes"
     )
     args = parser.parse_intermixed_args()
-    saved = {} if args.cfg else load_tensors(args.weights[0])
+    saved = {} if args.cfg or not args.weights else load_tensors(args.weights[0])
     if "config" in saved:
         cfg = checked(saved["config"], args.overrides, args.weights[0])
     else:
         cfg = load_config(args.cfg or "config.yaml", args.overrides)
     run = Run(cfg, "evaluate", "evaluation")
-    paths = [find(path, cfg) for path in args.weights]
-    if args.images:
-        whole = Whole(Folder(args.images), cfg.val.size, keep_aspect=True)
-    elif cfg.val.root:
-        whole = Whole(Images(cfg, "val", labelled=True), cfg.val.size)
-    else:
-        whole = Whole(Images(cfg, "target", labelled=False), cfg.target.sizes[-1])
+    paths = [find(path, cfg) for path in args.weights or finished(run.folder)]
+    datasets = what_to_segment(cfg, args.images)
+    first = next(iter(datasets))
     out = Path(args.out) if args.out else run.folder
-    pictured = np.unique(np.linspace(0, len(whole) - 1, cfg.evaluation.pictures, dtype=int))
-    pictured = range(len(whole)) if args.images or args.ids else pictured
 
     for path in paths:
         student, saved = load_segmenter(path, cfg)
-        student_scores = segment(run, student, whole, out, path.stem, pictured, args.ids)
-        if not student_scores:
-            print(f"{path}: pictures of {len(pictured)} images are in {out}")
-            continue
-        entry = student_scores | {
-            "scales": cfg.evaluation.scales,
-            "weights": "best_on_val" if path.stem.endswith("_best_on_val") else "last",
-            "split": cfg.val.split,
-            "step": saved.get("step"),
-        }
         teacher, _ = load_segmenter(path, cfg, "teacher")
-        if teacher is not None:
-            entry["teacher_miou"] = segment(run, teacher, whole, out, path.stem)["miou"]
-        record(run.folder / "results.json", path.stem, entry)
+        for key, whole in datasets.items():
+            stage = path.stem if key == first else f"{path.stem}_on_{key}"
+            pictures = len(whole) if args.images or args.ids else cfg.evaluation.pictures
+            pictured = np.unique(np.linspace(0, len(whole) - 1, pictures, dtype=int))
+            scores = segment(run, student, whole, out, stage, pictured, args.ids)
+            if not whole.images.labelled:
+                print(f"{path}: pictures of {len(pictured)} images are in {out}")
+                continue
+            if teacher is not None:
+                scores["teacher_miou"] = segment(run, teacher, whole, out, stage)["miou"]
+            scores |= {
+                "dataset": key,
+                "split": cfg.val.split if key == "val" else cfg.more_val[key].split,
+                "scales": cfg.evaluation.scales,
+                "weights": "best_on_val" if path.stem.endswith("_best_on_val") else "last",
+                "step": saved.get("step"),
+            }
+            record(run.folder / "results.json", stage, scores)
+
     stages = [path.stem for path in paths]
-    if whole.images.labelled:
+    if any(whole.images.labelled for whole in datasets.values()):
         results = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
-        stages = list(results)
         print(table(results, list(classes(cfg))))
-    compare(out, whole, stages, cfg)
+        if first == "val":
+            stages = [stage for stage, entry in results.items() if entry["dataset"] == "val"]
+    compare(out, datasets[first], stages, cfg)
+
+
+def finished(folder):
+    """The checkpoints of all stages that left a network in a run's folder, in the table's order."""
+    stages = {path.stem for path in folder.glob("*.pth")} - {"translator"}
+    stages = sorted(stage for stage in stages if not stage.endswith(".unfinished"))
+    stages.sort(key=[*STAGES, *stages].index)
+    if not stages:
+        raise UserError(f"{folder}: holds no trained network; run warmup.py first, or give --weights")
+    return [f"{stage}.pth" for stage in stages]
+
+
+def what_to_segment(cfg, folder=None):
+    """A datasets.Whole by name: a folder's images or, without one, val (the target where val.root is null) and more_val."""
+    if folder:
+        return {"images": Whole(Folder(folder), cfg.val.size)}
+    if cfg.val.root:
+        datasets = {"val": Whole(Images(cfg, "val", labelled=True), cfg.val.size)}
+    else:
+        datasets = {"target": Whole(Images(cfg, "target", labelled=False), cfg.target.sizes[-1])}
+    more = {key: Whole(Images(cfg, f"more_val.{key}", labelled=True), spec.size) for key, spec in cfg.more_val.items()}
+    return datasets | more
 
 
 def segment(run, model, whole, out, name, pictured=(), ids=False):

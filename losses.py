@@ -4,6 +4,8 @@ Notation as in the paper: S student, T teacher, f the features before the classi
 y^p the probability labels, y^f the feature labels. Label maps hold classes 0 ... K-1 and 255 where a pixel is ignored.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,6 +25,18 @@ def supervised_loss(logits, labels):
     """
     total = F.cross_entropy(logits.float(), labels.long(), ignore_index=IGNORED, reduction="sum")
     return total / labels.numel()
+
+
+def ohem_loss(logits, labels, threshold=0.7, min_pixels=100_000):
+    """Cross-entropy over hard pixels alone (online hard example mining), for SYNTHIA: averaged over those that are kept.
+
+    Kept are the labelled pixels whose class has a probability below `threshold`, and at least the `min_pixels` hardest
+    (all, where there are fewer). Shapes as for supervised_loss. Returns a scalar.
+    """
+    losses = F.cross_entropy(logits.float(), labels.long(), ignore_index=IGNORED, reduction="none").flatten()
+    hardest = losses.detach().topk(min(min_pixels, losses.numel())).values[-1]
+    kept = (losses >= hardest.clamp(max=-math.log(threshold))) & (labels.flatten() != IGNORED)
+    return (losses * kept).sum() / kept.sum().clamp(min=1)
 
 
 def symmetric_distillation(student_logits, teacher_logits, strong_to_weak=0.5):

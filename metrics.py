@@ -43,7 +43,7 @@ class ConfusionMatrix:
 
 
 def at_scales(model, images, scales):
-    """(logits, features) of the images (B, 3, H, W) scaled by each of the factors, in a list."""
+    """The model's outputs for the images (B, 3, H, W) scaled by each of the factors, in a list."""
     outputs = []
     for scale in scales:
         size = [max(round(side * scale), 1) for side in images.shape[-2:]]
@@ -59,7 +59,7 @@ def predictions(run, model, whole, scales):
     for sample in loader(run, whole):
         with run.autocast():
             outputs = at_scales(model, run.fetch(sample["image"])[None], scales)
-        yield sample, probability_labels([logits for logits, _ in outputs], sample["shape"])[0], outputs
+        yield sample, probability_labels([logits for logits, *_ in outputs], sample["shape"])[0], outputs
 
 
 def validate(run, step, images, recalibration, student, teacher):

@@ -1,7 +1,7 @@
-"""The segmentation networks, the EMA teacher, the CycleGAN networks, and the loading of foreign weights.
+"""The segmentation networks, the EMA teacher, and the loading of foreign weights.
 
-A segmentation network takes RGB images (B, 3, H, W) in [0, 1] (it normalises them itself) and returns
-logits (B, K, h, w) and features (B, C, h, w), h about H / output stride.
+A segmentation network takes RGB images (B, 3, H, W) in [0, 1] (it normalises them itself) and returns logits (B, K, h, w),
+features (B, C, h, w), h about H / output stride, and the logits of its auxiliary classifier or None.
 """
 
 import copy
@@ -9,6 +9,7 @@ import urllib.error
 from collections import OrderedDict
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 
@@ -19,19 +20,29 @@ NETWORKS = ("deeplab_v2_resnet101", "resnet18", "resnet34", "resnet50", "resnet1
 
 
 class Segmenter(nn.Module):
-    """A backbone with the DeepLab-V2 head of ProDA; `features` is f, the head's output before the classifier."""
+    """A backbone, a head whose output is f, and a classifier of f; `channels` is the number of f's channels.
 
-    def __init__(self, backbone, backbone_channels, num_classes, channels=256):
+    divisor: what the backbone needs the sides of an image to be multiples of; others are scaled to the nearest. auxiliary:
+    a second classifier, of the backbone's last output.
+    """
+
+    def __init__(self, backbone, head, classifier, divisor=1, auxiliary=None):
         super().__init__()
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
-        self.backbone = backbone
-        self.head = Head(backbone_channels, channels)
-        self.classifier = nn.Conv2d(channels, num_classes, 1, bias=False)
+        self.backbone, self.head, self.classifier, self.auxiliary = backbone, head, classifier, auxiliary
+        self.divisor = divisor
+        self.channels = next(m.in_channels for m in classifier.modules() if isinstance(m, nn.Conv2d))
 
     def forward(self, images):
-        features = self.head(self.backbone((images - self.mean) / self.std))
-        return self.classifier(features), features
+        size = [max(round(side / self.divisor), 1) * self.divisor for side in images.shape[-2:]]
+        if list(images.shape[-2:]) != size:
+            images = F.interpolate(images, size, mode="bilinear", antialias=True)
+        maps = self.backbone((images - self.mean) / self.std)
+        maps = maps if isinstance(maps, tuple) else (maps,)  # what the head takes
+        features = self.head(*maps)
+        deepest = maps[0][-1] if isinstance(maps[0], list) else maps[0]
+        return self.classifier(features), features, self.auxiliary(deepest) if self.auxiliary else None
 
 
 class Head(nn.Module):
@@ -61,18 +72,69 @@ class Head(nn.Module):
         return self.dropout(self.project(x * self.excite(x)))
 
 
-def build_segmenter(network, num_classes, output_stride=8, channels=256, weights=None):
-    """A segmentation network by its name in NETWORKS.
+def build_segmenter(network, num_classes, output_stride=8, channels=256, weights=None, auxiliary=0):
+    """A segmentation network by its name: one of NETWORKS, or smp/ARCHITECTURE/ENCODER of segmentation-models-pytorch.
 
-    weights: "imagenet" (torchvision's, downloaded once), a file with a torchvision state dict, or None: from scratch.
-    Raises UserError where the weights cannot be had or do not fit.
+    weights, of the backbone: "imagenet" (the library's, downloaded once), a file, or None: from scratch. auxiliary: the weight
+    of the auxiliary classifier's loss; 0: it has none. Raises UserError where the weights cannot be had or do not fit.
     """
-    backbone, backbone_channels = _backbone(network, output_stride)
-    if weights is not None:
-        state = _imagenet_weights(network) if weights == "imagenet" else load_tensors(weights)
-        kept = {k: v for k, v in state.items() if not k.startswith(("fc.", "classifier.", "features.18."))}
-        load_exactly(backbone, kept, weights)
-    return Segmenter(backbone, backbone_channels, num_classes, channels)
+    if network.startswith("smp/"):
+        backbone, head, classifier, divisor = _smp(network, num_classes, weights)
+        deepest = backbone.out_channels[-1]
+    else:
+        backbone, deepest = _backbone(network, output_stride)
+        head, divisor = Head(deepest, channels), 1
+        classifier = nn.Conv2d(channels, num_classes, 1, bias=False)
+    if auxiliary:
+        auxiliary = nn.Sequential(nn.Conv2d(deepest, 256, 3, padding=1), nn.ReLU(), nn.Conv2d(256, num_classes, 1))
+    model = Segmenter(backbone, head, classifier, divisor, auxiliary or None)
+    if weights == "imagenet" and not network.startswith("smp/"):
+        load_exactly(backbone, backbone_weights(_imagenet_weights(network)), weights)
+    elif weights not in (None, "imagenet"):
+        state = load_tensors(weights)
+        load_exactly(backbone, backbone_weights(state), weights)
+        if "Scale.conv1.weight" in state:
+            model.mean.copy_(torch.tensor(AUTHORS_BGR_MEAN[::-1])[:, None, None] / 255)
+            model.std.fill_(1 / 255)
+    return model
+
+
+def backbone_weights(state):
+    """A file's tensors under the names of its torchvision network, without the classifier.
+
+    Takes torchvision's own layout; the old DeepLab one (`Scale.` before every name, for BGR images in 0 ... 255 less a mean);
+    and ProDA's SimCLR one (a torchvision network under `state_dict`).
+    """
+    state = state.get("state_dict", state)
+    caffe = "Scale.conv1.weight" in state
+    state = {key.removeprefix("module.").removeprefix("Scale."): value for key, value in state.items()}
+    state = {k: v for k, v in state.items() if not k.startswith(("fc.", "classifier.", "features.18.", "layer5."))}
+    if caffe:
+        state["conv1.weight"] = state["conv1.weight"].flip(1)
+    for key in [
+        key for key in state if key.endswith("running_var")
+    ]:  # counters that files of old PyTorch versions lack
+        state.setdefault(key.replace("running_var", "num_batches_tracked"), torch.tensor(0))
+    return state
+
+
+def _smp(name, num_classes, weights):
+    """Encoder, decoder, the convolutions of the segmentation head, and what an image's sides are multiples of."""
+    try:
+        import segmentation_models_pytorch as smp
+    except ImportError as error:
+        raise UserError(f"model.network = {name} needs `pip install segmentation-models-pytorch`") from error
+    _, architecture, encoder = name.split("/")
+    pretrained = "imagenet" if weights == "imagenet" else None
+    more = {"dynamic_img_size": True} if architecture == "DPT" else {}  # a ViT then takes images of any size
+    try:
+        model = smp.create_model(architecture, encoder, pretrained, classes=num_classes, **more)
+    except Exception as error:  # an unknown name, or no network to download from; of a dozen types
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"model.network = {name} with model.weights = {weights}: {reason}") from error
+    head = model.segmentation_head
+    classifier = head.head if hasattr(head, "head") else head[0]  # without the upsampling that follows
+    return model.encoder, model.decoder, classifier, model.encoder.output_stride
 
 
 def _backbone(network, output_stride):
@@ -137,9 +199,9 @@ def load_exactly(module, state, origin):
 def build_optimizer(model, name, lr_backbone, lr_head, momentum, weight_decay, **_):
     """SGD or AdamW over the parameters that are not frozen, each in one group that keeps its base rate as `base_lr`."""
     groups = []
-    for rate, modules in ((lr_backbone, [model.backbone]), (lr_head, [model.head, model.classifier])):
-        parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-        groups.append({"params": parameters, "lr": rate, "base_lr": rate})
+    for rate, of_backbone in ((lr_backbone, True), (lr_head, False)):
+        parameters = [p for name, p in model.named_parameters() if name.startswith("backbone.") == of_backbone]
+        groups.append({"params": [p for p in parameters if p.requires_grad], "lr": rate, "base_lr": rate})
     if name == "adamw":
         return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
     return torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay, fused=True)
@@ -201,16 +263,15 @@ def from_authors(state):
 
 
 def make_teacher(student):
-    """T: a frozen copy of S in training mode, its batch norm using the batch's statistics, without dropout.
+    """T: a frozen copy of S whose batch norm uses the batch's statistics, without dropout or any other randomness.
 
     Its running statistics do not move by its own forward passes; ema_update copies the student's.
     """
-    teacher = copy.deepcopy(student).requires_grad_(False).train()
+    teacher = copy.deepcopy(student).requires_grad_(False).eval()
     for module in teacher.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = 0.0
-        elif isinstance(module, nn.modules.dropout._DropoutNd):
-            module.eval()
+            module.train()
     return teacher
 
 
@@ -241,78 +302,3 @@ def recalibrate_batchnorm(model, batches):
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.eval()
-
-
-class ResidualBlock(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv_block = nn.Sequential(
-            nn.ReflectionPad2d(1),
-            nn.Conv2d(channels, channels, 3),
-            nn.InstanceNorm2d(channels),
-            nn.ReLU(),
-            nn.ReflectionPad2d(1),
-            nn.Conv2d(channels, channels, 3),
-            nn.InstanceNorm2d(channels),
-        )
-
-    def forward(self, x):
-        return x + self.conv_block(x)
-
-
-class Generator(nn.Module):
-    """CycleGAN's ResNet generator (Zhu et al., ICCV 2017), (B, 3, H, W) -> (B, 3, H, W), both RGB in [0, 1].
-
-    H and W are multiples of 4. Its parameter names are those of junyanz/pytorch-CycleGAN-and-pix2pix.
-    """
-
-    def __init__(self, filters=64, blocks=9):
-        super().__init__()
-        layers = [nn.ReflectionPad2d(3), nn.Conv2d(3, filters, 7), nn.InstanceNorm2d(filters), nn.ReLU()]
-        for width in (filters, 2 * filters):
-            layers += [nn.Conv2d(width, 2 * width, 3, 2, 1), nn.InstanceNorm2d(2 * width), nn.ReLU()]
-        layers += [ResidualBlock(4 * filters) for _ in range(blocks)]
-        for width in (4 * filters, 2 * filters):
-            layers += [nn.ConvTranspose2d(width, width // 2, 3, 2, 1, 1), nn.InstanceNorm2d(width // 2), nn.ReLU()]
-        layers += [nn.ReflectionPad2d(3), nn.Conv2d(filters, 3, 7), nn.Tanh()]
-        self.model = nn.Sequential(*layers)
-
-    def forward(self, images):
-        return (self.model(2 * images - 1).float() + 1) / 2
-
-    @classmethod
-    def from_file(cls, path):
-        """A generator of ours or a `latest_net_G_A.pth`; its width and depth are read off the file."""
-        state = load_tensors(path)
-        state = state.get("generator", state)
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-        blocks = len({key.split(".")[1] for key in state if ".conv_block." in key})
-        if "model.1.weight" not in state or not blocks:
-            raise UserError(
-                f"{path}: no CycleGAN ResNet generator (there is no model.1.weight); see translation.weights"
-            )
-        # instance norm without affine has no state; files of old PyTorch versions hold statistics that nothing uses
-        state = {k: v for k, v in state.items() if "running_" not in k and "num_batches" not in k}
-        generator = cls(state["model.1.weight"].shape[0], blocks)
-        load_exactly(generator, state, path)
-        return generator
-
-
-class Discriminator(nn.Sequential):
-    """70x70 PatchGAN: (B, 3, H, W) in [0, 1] -> (B, 1, H / 8 - 2, W / 8 - 2), one score a patch."""
-
-    def __init__(self, filters=64):
-        layers = [nn.Conv2d(3, filters, 4, 2, 1), nn.LeakyReLU(0.2)]
-        for width, stride in ((filters, 2), (2 * filters, 2), (4 * filters, 1)):
-            layers += [nn.Conv2d(width, 2 * width, 4, stride, 1), nn.InstanceNorm2d(2 * width), nn.LeakyReLU(0.2)]
-        super().__init__(*layers, nn.Conv2d(8 * filters, 1, 4, 1, 1))
-
-    def forward(self, images):
-        return super().forward(2 * images - 1)
-
-
-def init_gan(module):
-    """N(0, 0.02) for every convolution, zero bias."""
-    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-        nn.init.normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)

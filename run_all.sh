@@ -10,7 +10,6 @@ if [ $# -gt 0 ] && [[ "$1" != *=* ]]; then config="$1"; shift; fi
 stages=$(python -c 'import sys; from config import load_config; from engine import command
 command(lambda: print(*load_config(sys.argv[1], sys.argv[2:]).stages))' "$config" "$@")
 
-weights=()
 for stage in $stages; do
   echo "== $stage"
   case $stage in
@@ -23,10 +22,7 @@ for stage in $stages; do
     oracle)      python warmup.py --cfg "$config" --as oracle "$@" \
                    warmup.labels_from=target warmup.distill=0 warmup.crdomix=false bn_recalibrate=[target] ;;
   esac
-  case $stage in
-    source_only | warmup | selftrain | oracle) weights+=(--weights "$stage.pth") ;;
-  esac
 done
 
 echo "== evaluate"
-python evaluate.py --cfg "$config" "${weights[@]}" "$@"
+python evaluate.py --cfg "$config" "$@"

@@ -11,8 +11,8 @@ from torch.utils.data import StackDataset
 from augment import class_mix, cross_domain_mix, strong_view
 from config import classes, load_config
 from datasets import Aligned, Crops, Images, RecalibrationImages, Whole, loader, read_label, translated_images
-from engine import Run, arguments, command, ema_decay, find, poly_lr, write_image
-from losses import Centroids, bilateral_consensus, supervised_loss, symmetric_distillation, upsample
+from engine import Run, arguments, command, ema_decay, find, set_learning_rate, write_image
+from losses import Centroids, bilateral_consensus, ohem_loss, supervised_loss, symmetric_distillation, upsample
 from metrics import predictions, validate
 from models import build_optimizer, ema_update, load_segmenter, make_teacher, recalibrate_batchnorm
 
@@ -51,7 +51,7 @@ def train(run, init, folder):
     student = run.place(load_segmenter(init, cfg)[0])
     teacher = make_teacher(student)
     optimizer = build_optimizer(student, **cfg.optimizer)
-    centroids = Centroids(len(classes(cfg)), cfg.model.channels, options.momentum).to(run.device)
+    centroids = Centroids(len(classes(cfg)), student.channels, options.momentum).to(run.device)
     state = {
         "student": student,
         "teacher": teacher,
@@ -76,16 +76,16 @@ def train(run, init, folder):
     # training
     size = source_crops.batch_size
     crops = StackDataset(source=source_crops, target=target_crops)
+    supervised = {"ce": supervised_loss, "ohem": ohem_loss}[cfg.supervised]
     for step, batch in run.steps(loader(run, crops, first * size, size), first, total, state):
-        for group in optimizer.param_groups:
-            group["lr"] = poly_lr(group["base_lr"], step, total, cfg.optimizer.power)
+        set_learning_rate(optimizer, step, total, **cfg.optimizer)
         ema_update(teacher, student, ema_decay(step, cfg.ema_limit))
         x_s, y_s, draws = batch["source"]["image"], batch["source"]["label"], batch["source"]["draws"]
         x_t, y_p, target_draws = batch["target"]["image"], batch["target"]["pseudo"], batch["target"]["draws"]
         x_cdm = cross_domain_mix(x_s, y_s, batch["source"].get("translated"), draws, options.strong)
 
         with torch.no_grad(), run.autocast():
-            teacher_logits, teacher_features = teacher(torch.cat([x_s, x_cdm, x_t]))
+            teacher_logits, teacher_features, _ = teacher(torch.cat([x_s, x_cdm, x_t]))
         y_f = centroids.assign(teacher_features[2 * size :], y_p.shape[-2:])
         y_t = {"consensus": bilateral_consensus(y_p, y_f), "probability": y_p, "feature": y_f}[options.labels]
         if options.class_mixing:
@@ -94,10 +94,14 @@ def train(run, init, folder):
             x_mix, y_mix = strong_view(x_t, target_draws[:, :8], options.strong), y_t
 
         with run.autocast():
-            logits, _ = student(torch.cat([x_s, x_cdm, x_mix]))
+            logits, _, auxiliary = student(torch.cat([x_s, x_cdm, x_mix]))
         logits = upsample(logits, y_s.shape[-2:])
-        ce = supervised_loss(logits[:size], y_s)
-        ce_mix = supervised_loss(logits[2 * size :], y_mix)
+        ce = supervised(logits[:size], y_s)
+        ce_mix = supervised(logits[2 * size :], y_mix)
+        if cfg.model.auxiliary:
+            auxiliary = upsample(auxiliary, y_s.shape[-2:])
+            ce = ce + cfg.model.auxiliary * supervised(auxiliary[:size], y_s)
+            ce_mix = ce_mix + cfg.model.auxiliary * supervised(auxiliary[2 * size :], y_mix)
         kd = symmetric_distillation(
             logits[: 2 * size], upsample(teacher_logits[: 2 * size], y_s.shape[-2:]), options.strong_to_weak
         )
@@ -132,7 +136,7 @@ def label_target(run, model, target, centroids, folder):
         name = target.names[sample["index"]].rpartition(".")[0] + ".png"
         write_image(folder / name, labels.byte().cpu().numpy())
         if run.cfg.selftrain.centroids == "target":
-            logits, features = outputs[-1]
+            logits, features, _ = outputs[-1]
             centroids.accumulate(*centroids.class_means(features, logits))
 
 
@@ -147,7 +151,7 @@ def centroids_of_source(run, model, source, beside, centroids):
             batch["image"], batch["label"], batch.get("translated"), batch["draws"], options.strong
         )
         with run.autocast():
-            logits, features = model(x_cdm)
+            logits, features, _ = model(x_cdm)
         centroids.accumulate(*centroids.class_means(features, logits, batch["label"]))
 
 

@@ -20,7 +20,7 @@ from config import load_config
 from datasets import Aligned, Crops, Images, Whole, loader, read_image
 from engine import Run, arguments, command, write_image
 from losses import semantic_edge_loss
-from models import Discriminator, Generator, init_gan
+from translators import Discriminator, Generator, init_gan, load_generator
 
 POOL = 50  # earlier translations that the discriminators see half of the time
 
@@ -38,11 +38,11 @@ def main():
         print(f"translator: {len(source)} translated images are in {options.images}")
         return
     if options.weights:
-        generator = Generator.from_file(options.weights)
+        generator = load_generator(options.weights)
     else:
         if not run.is_finished(args.force):
             train(run, source)
-        generator = Generator.from_file(run.result)
+        generator = load_generator(run.result)
     write(run, run.place(generator), source, options.weights or run.result)
 
 

@@ -9,8 +9,8 @@ import torch
 from augment import cross_domain_mix
 from config import classes, load_config
 from datasets import Crops, Images, RecalibrationImages, loader, translated_images
-from engine import Run, arguments, command, ema_decay, poly_lr
-from losses import supervised_loss, symmetric_distillation, upsample
+from engine import Run, arguments, command, ema_decay, set_learning_rate
+from losses import ohem_loss, supervised_loss, symmetric_distillation, upsample
 from metrics import validate
 from models import build_optimizer, build_segmenter, ema_update, make_teacher, recalibrate_batchnorm
 
@@ -47,9 +47,9 @@ def train(run):
     if run.stage == "warmup":
         run.describe()
     size = source_crops.batch_size
+    supervised = {"ce": supervised_loss, "ohem": ohem_loss}[cfg.supervised]
     for step, batch in run.steps(loader(run, source_crops, first * size, size), first, total, state):
-        for group in optimizer.param_groups:
-            group["lr"] = poly_lr(group["base_lr"], step, total, cfg.optimizer.power)
+        set_learning_rate(optimizer, step, total, **cfg.optimizer)
         ema_update(teacher, student, ema_decay(step, cfg.ema_limit))
         x_s, y_s, draws = batch["image"], batch["label"], batch["draws"]
 
@@ -57,12 +57,15 @@ def train(run):
         if options.distill:
             views = torch.cat([x_s, cross_domain_mix(x_s, y_s, batch.get("translated"), draws, options.strong)])
         with run.autocast():
-            logits, _ = student(views)
+            logits, _, auxiliary = student(views)
         logits = upsample(logits, y_s.shape[-2:])
-        loss = ce = supervised_loss(logits[:size], y_s)
+        loss = ce = supervised(logits[:size], y_s)
+        if cfg.model.auxiliary:
+            auxiliary = upsample(auxiliary[:size], y_s.shape[-2:])
+            loss = ce = ce + cfg.model.auxiliary * supervised(auxiliary, y_s)
         if options.distill:
             with torch.no_grad(), run.autocast():
-                teacher_logits, _ = teacher(views)
+                teacher_logits, _, _ = teacher(views)
             teacher_logits = upsample(teacher_logits, y_s.shape[-2:])
             kd = symmetric_distillation(logits, teacher_logits, options.strong_to_weak)
             loss = ce + options.distill * kd

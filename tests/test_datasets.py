@@ -327,8 +327,8 @@ def test_resize_without_a_change_is_the_identity():
     assert np.array_equal(resize(label, SIZE, labels=True), label)
 
 
-def test_whole_keeps_proportions_where_asked(dataset):
+def test_whole_images_keep_their_proportions(dataset):
     save(dataset / "own/a.png", np.zeros((100, 50, 3), np.uint8))
-    sample = Whole(datasets.Folder(dataset / "own"), [50, 100], keep_aspect=True)[0]
+    sample = Whole(datasets.Folder(dataset / "own"), [50, 100])[0]
     assert sample["image"].shape == (100, 50, 3)
-    assert Whole(datasets.Folder(dataset / "own"), [20, 40], keep_aspect=True)[0]["image"].shape == (40, 20, 3)
+    assert Whole(datasets.Folder(dataset / "own"), [20, 40])[0]["image"].shape == (40, 20, 3)

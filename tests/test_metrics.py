@@ -13,7 +13,7 @@ from metrics import ConfusionMatrix
 def maps():
     """Label maps in Cityscapes' ids with void and missing classes, and predictions that are often right."""
     rng = np.random.default_rng(0)
-    values = [value for _, value, _ in CITYSCAPES.values()][:16] + [0, 4, 9]
+    values = [value for _, value, *_ in CITYSCAPES.values()][:16] + [0, 4, 9]
     labels = rng.choice(values, (3, 24, 40)).astype(np.uint8)
     predictions = np.where(rng.random(labels.shape) < 0.6, labels, rng.choice(values[:14], labels.shape)).astype(
         np.uint8

@@ -8,6 +8,7 @@ import torchvision
 from torch import nn
 
 import models
+import translators
 from config import UserError
 
 
@@ -25,7 +26,7 @@ def segmenter(network="resnet18", stride=8, **more):
 def test_output_stride_and_normalisation(network, stride):
     model = segmenter(network, stride).eval()
     with torch.no_grad():
-        logits, features = model(images(1, (64, 96)))
+        logits, features, _ = model(images(1, (64, 96)))
         # a multiple of the stride, plus the one row that the ceil-mode pooling of DeepLab-V2 adds
         extra = int(network.startswith("deeplab"))
         assert logits.shape == (1, 5, 64 // stride + extra, 96 // stride + extra)
@@ -171,7 +172,7 @@ def test_a_published_generators_layout_loads(tmp_path):
     torch.save(state, tmp_path / "plain.pth")
     old = {f"module.{k}": v for k, v in state.items()} | {"module.model.2.running_mean": torch.zeros(64)}
     torch.save(old, tmp_path / "old.pth")
-    plain, prefixed = (models.Generator.from_file(tmp_path / name).eval() for name in ("plain.pth", "old.pth"))
+    plain, prefixed = (translators.Generator.from_file(tmp_path / name).eval() for name in ("plain.pth", "old.pth"))
     x = images(1, (32, 48))
     with torch.no_grad():
         assert torch.equal(plain(x), prefixed(x))
@@ -179,11 +180,11 @@ def test_a_published_generators_layout_loads(tmp_path):
         assert 0 <= plain(x).min() <= plain(x).max() <= 1
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match=r"other\.pth: no CycleGAN"):
-        models.Generator.from_file(tmp_path / "other.pth")
+        translators.Generator.from_file(tmp_path / "other.pth")
 
 
 def test_the_discriminator_judges_70x70_patches():
-    judge = models.Discriminator(4)
+    judge = translators.Discriminator(4)
     x = torch.rand(1, 3, 128, 128, requires_grad=True)
     scores = judge(x)
     assert scores.shape == (1, 1, 14, 14)

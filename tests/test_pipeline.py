@@ -15,6 +15,7 @@ from conftest import CLASSES, IDS, ROOT, SIZE, picture, save
 
 import make_demo_data
 import models
+import translators
 from datasets import read_image, read_label
 
 
@@ -226,7 +227,7 @@ def test_the_seed_decides_everything(dataset, run):
 
 
 def test_translation_by_a_published_generator_or_elsewhere(dataset, run):
-    generator = models.Generator(8, 2)
+    generator = translators.Generator(8, 2)
     torch.save(generator.state_dict(), dataset / "latest_net_G_A.pth")
     out = ok(run("translate_cyclegan", f"translation.weights={dataset}/latest_net_G_A.pth"))
     assert "6 translated images" in out
