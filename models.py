@@ -126,7 +126,8 @@ def _smp(name, num_classes, weights):
         raise UserError(f"model.network = {name} needs `pip install segmentation-models-pytorch`") from error
     _, architecture, encoder = name.split("/")
     pretrained = "imagenet" if weights == "imagenet" else None
-    more = {"dynamic_img_size": True} if architecture == "DPT" else {}  # a ViT then takes images of any size
+    # a ViT then takes images of any size; smp's DPT works for patches of 16 pixels alone, to which timm resamples others
+    more = {"dynamic_img_size": True, "patch_size": 16} if architecture == "DPT" else {}
     try:
         model = smp.create_model(architecture, encoder, pretrained, classes=num_classes, **more)
     except Exception as error:  # an unknown name, or no network to download from; of a dozen types
@@ -134,7 +135,7 @@ def _smp(name, num_classes, weights):
         raise UserError(f"model.network = {name} with model.weights = {weights}: {reason}") from error
     head = model.segmentation_head
     classifier = head.head if hasattr(head, "head") else head[0]  # without the upsampling that follows
-    return model.encoder, model.decoder, classifier, model.encoder.output_stride
+    return model.encoder, model.decoder, classifier, 32  # an image is halved at most 5 times
 
 
 def _backbone(network, output_stride):

@@ -131,3 +131,22 @@ def test_semantic_edges_are_where_a_neighbour_differs(rng):
                     total += (translated[b, :, i, j] - images[b, :, i, j]).abs().sum().item()
     loss = losses.semantic_edge_loss(translated, images, labels)
     assert loss.item() == pytest.approx(total / images.numel(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("min_pixels", "kept"), [(1, "hard"), (500, "most"), (100_000, "all")])
+def test_ohem_keeps_the_hard_pixels(min_pixels, kept):
+    """Against a loop over pixels in the order of their losses."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 5, (2, 16, 20), generator=g)
+    logits = torch.randn(2, 5, 16, 20, generator=g) + 4 * F.one_hot(labels, 5).permute(0, 3, 1, 2)
+    labels[0, :3] = 255
+    pixels = []
+    for b, row, column in (labels != 255).nonzero().tolist():
+        p = logits[b, :, row, column].softmax(0)[labels[b, row, column]].item()
+        pixels.append((p, -math.log(p)))
+    pixels.sort()
+    hard = [loss for p, loss in pixels if p < 0.7]
+    chosen = {"hard": hard, "most": [loss for _, loss in pixels[:500]], "all": [loss for _, loss in pixels]}[kept]
+    assert len(hard) < 500 < len(pixels)
+    ours = losses.ohem_loss(logits, labels, min_pixels=min_pixels)
+    assert ours.item() == pytest.approx(sum(chosen) / len(chosen), rel=1e-5)

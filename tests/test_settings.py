@@ -1,0 +1,353 @@
+"""The settings that the authors published, other networks, and the weights of others."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from conftest import IDS, ROOT, SIZE, paletted_png, picture, save
+
+import datasets
+import models
+import translators
+from config import CITYSCAPES, classes, label_values, load_config
+from datasets import Images
+
+CONFIGS = ROOT / "configs"
+SYNTHIA = {"road": 3, "car": 8, "sky": 1}
+MAPILLARY = {"road": 13, "car": 55, "sky": 27}
+
+
+def lookup(ids, ignored):
+    """Cityscapes' label values as another dataset's."""
+    table = np.full(256, ignored, np.uint8)
+    for name, value in IDS.items():
+        table[value] = ids[name]
+    return table
+
+
+@pytest.fixture
+def world(dataset):
+    """The small datasets once more, in every layout that a setting reads."""
+    for i in range(6):
+        image, label = picture(i)
+        save(dataset / f"synthia/RGB/{i:07d}.png", image)
+        coded = np.zeros((*SIZE, 3), np.uint16)
+        coded[..., 0], coded[..., 1] = lookup(SYNTHIA, 0)[label], i
+        save(dataset / f"synthia/GT/LABELS/{i:07d}.png", coded)
+    for i in range(2):
+        image, label = picture(50 + i)
+        save(dataset / f"bdd/images/val/{i}.jpg", image)
+        save(dataset / f"bdd/labels/val/{i}_train_id.png", lookup({"road": 0, "car": 13, "sky": 10}, 255)[label])
+        save(dataset / f"mapillary/validation/images/{i}.jpg", image)
+        file = dataset / f"mapillary/validation/labels/{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(paletted_png(lookup(MAPILLARY, 65)[label], np.arange(66 * 3).reshape(66, 3)))
+    return dataset
+
+
+def small(world, *more, network="mobilenet_v2"):
+    """Overrides that make of any shipped configuration a run of seconds on the small datasets."""
+    return [
+        "device=cpu", "precision=fp32", "workers=0", f"output={world}/runs", "name=small", "crop=[32,48]",
+        "source.sizes=[[40,56],[48,64]]", "target.sizes=[[40,56],[48,64]]", "val.size=[48,64]",
+        f"target.root={world}/camera", f"val.root={world}/camera",
+        f"model.network={network}", "model.weights=null", "model.channels=32", "bn_images=4",
+        "translation.steps=2", "translation.crop=[32,32]", "translation.filters=4", "translation.blocks=1",
+        "warmup.steps=2", "selftrain.steps=2", "log_every=1", "optimizer.warmup=1", *more,
+    ]  # fmt: skip
+
+
+def results(world):
+    return json.loads((world / "runs/small/results.json").read_text())
+
+
+def ok(outcome):
+    code, out, err = outcome
+    assert code == 0, err
+    return out
+
+
+# ---------------------------------------------------------------- the authors' settings
+
+
+@pytest.mark.parametrize(
+    ("config", "warmup", "selftrain", "more"),
+    [
+        ("config.yaml", (80000, [1, 2], 0.5, 0.4, 0.5), (80000, [2, 1], 0.25, 0.3, 0.5),
+         {"crop": [512, 896], "supervised": "ce", "source.sizes": [[720, 1280], [1052, 1914]], "classes": 19}),
+        ("configs/synthia_to_cityscapes.yaml", (60000, [1, 3], 0.25, 0.4, 0.25), (80000, [1, 2], 0.25, 0.3, 0.25),
+         {"crop": [512, 896], "supervised": "ohem", "source.sizes": [[760, 1280], [1140, 1920]], "classes": 16}),
+        ("configs/generalization.yaml", (80000, [2, 2], 0.5, 0.4, 0.5), None,
+         {"crop": [512, 896], "supervised": "ce", "bn_recalibrate": ["source"], "stages": ["warmup"]}),
+        ("configs/semi_supervised.yaml", (80000, [1, 2], 0.5, 0.4, 0.5), (80000, [1, 2], 0.5, 0.4, 0.5),
+         {"crop": [512, 1024], "supervised": "ce", "model.auxiliary": 0.1, "optimizer.lr_backbone": 1e-3,
+          "optimizer.power": 1.0, "warmup.crdomix": False, "selftrain.crdomix": False}),
+    ],
+)  # fmt: skip
+def test_the_numbers_of_the_settings(config, warmup, selftrain, more):
+    cfg = load_config(ROOT / config)
+    for section, numbers in ((cfg.warmup, warmup), (cfg.selftrain, selftrain)):
+        keys = ("steps", "batch", "distill", "strong", "strong_to_weak")
+        assert numbers is None or tuple(section[key] for key in keys) == numbers
+    for key, value in more.items():
+        found = cfg
+        for part in key.split("."):
+            found = found[part]
+        assert (len(classes(cfg)) if key == "classes" else found) == value
+    assert cfg.target.sizes == [[512, 1024], [1024, 2048]]
+    assert (cfg.min_scale, cfg.optimizer.momentum, cfg.optimizer.weight_decay) == (0.7, 0.9, 5e-4)
+    if config in ("config.yaml", "configs/synthia_to_cityscapes.yaml"):
+        assert (cfg.optimizer.lr_backbone, cfg.optimizer.lr_head, cfg.optimizer.power) == (7.5e-4, 2.5e-3, 0.9)
+
+
+def test_synthia_from_translation_to_two_means(world, run):
+    cfg = ("--cfg", CONFIGS / "synthia_to_cityscapes.yaml", *small(world, f"source.root={world}/synthia"))
+    for script in ("translate_cyclegan", "warmup", "selftrain", "evaluate"):
+        out = ok(run(script, *cfg))
+    assert "miou_13" in out
+    entry = results(world)["selftrain"]
+    present = {name: iou for name, iou in entry["iou"].items() if iou is not None}
+    assert len(entry["iou"]) == 16
+    assert entry["miou_16"] == entry["miou"] == pytest.approx(np.mean(list(present.values())), abs=2e-3)
+    thirteen = [iou for name, iou in present.items() if name not in ("wall", "fence", "pole")]
+    assert entry["miou_13"] == pytest.approx(np.mean(thirteen), abs=2e-3)
+
+
+def test_generalization_reads_nothing_of_a_target_and_is_scored_on_three_datasets(world, run, monkeypatch):
+    more = [f"source.root={world}/game", f"more_val.bdd100k.root={world}/bdd",
+            f"more_val.mapillary.root={world}/mapillary", "more_val.bdd100k.size=[48,64]",
+            "more_val.mapillary.size=[48,64]"]  # fmt: skip
+    cfg = ("--cfg", CONFIGS / "generalization.yaml", *small(world, *more))
+    opened, read, iterate = [], datasets._read, datasets.list_images
+    monkeypatch.setattr(datasets, "_read", lambda path: opened.append(path) or read(path))
+    monkeypatch.setattr(datasets, "list_images", lambda folder: opened.append(folder) or iterate(folder))
+    ok(run("warmup", *cfg))
+    assert opened
+    assert all(Path(path).is_relative_to(world / "game") for path in opened)
+
+    ok(run("evaluate", *cfg))
+    assert {name: entry["dataset"] for name, entry in results(world).items()} == {
+        "warmup": "val", "warmup_on_bdd100k": "bdd100k", "warmup_on_mapillary": "mapillary"}  # fmt: skip
+    # bdd100k and mapillary hold the same pictures, so the same scores must come from their own layouts and label values
+    bdd, mapillary = results(world)["warmup_on_bdd100k"], results(world)["warmup_on_mapillary"]
+    assert sum(iou is not None for iou in bdd["iou"].values()) >= 3
+    cfg = load_config(CONFIGS / "generalization.yaml", cfg[2:])
+    for i in range(2):
+        labels = [Images(cfg, f"more_val.{name}", True).label(i) for name in ("bdd100k", "mapillary")]
+        assert np.array_equal(*labels)
+        assert np.array_equal(np.unique(labels[0]), [0, 10, 13, 255])
+    assert (bdd["split"], mapillary["split"]) == ("val", "validation")
+
+
+def test_semi_supervised_lists_part_labelled_and_unlabelled_images(world, run, monkeypatch):
+    names = [f"a/a_{i}_leftImg8bit.png" for i in range(4)]
+    # as they are published: from the dataset's root, followed by the label's path
+    (world / "labelled.txt").write_text("".join(f"leftImg8bit/train/{n} gtFine/train/{n}\n" for n in names[:1]))
+    (world / "unlabelled.txt").write_text("\n".join(names[1:]))
+    for i in range(1, 4):
+        (world / f"camera/gtFine/train/a/a_{i}_gtFine_labelIds.png").unlink()
+    more = [f"source.root={world}/camera", f"source.list={world}/labelled.txt", f"target.list={world}/unlabelled.txt"]
+    cfg = ("--cfg", CONFIGS / "semi_supervised.yaml", *small(world, *more))
+    for script in ("warmup", "selftrain", "evaluate"):
+        ok(run(script, *cfg))
+    assert list(results(world)) == ["warmup", "selftrain_round1", "selftrain"]
+    written = sorted(path.name for path in (world / "runs/small/pseudo_labels/round1/a").iterdir())
+    assert written == [f"a_{i}_leftImg8bit.png" for i in range(1, 4)]
+    (world / "labelled.txt").write_text("a/none.png")
+    code, _, err = run("warmup", *cfg, "--force")
+    assert (code, "names a/none.png" in err) == (2, True)
+
+
+def test_the_auxiliary_loss_trains_the_auxiliary_classifier_alone_and_the_backbone(world, run):
+    for weight in (0.1, 0.4):
+        overrides = small(world, f"source.root={world}/game", "warmup.crdomix=false", f"model.auxiliary={weight}")
+        ok(run("warmup", *overrides, f"name=a{weight}", "optimizer.lr_backbone=0.1"))
+    a, b = (torch.load(world / f"runs/a{w}/warmup.pth", weights_only=True)["student"] for w in (0.1, 0.4))
+    assert not torch.equal(a["auxiliary.2.weight"], b["auxiliary.2.weight"])
+    assert not torch.equal(a["backbone.features.0.0.weight"], b["backbone.features.0.0.weight"])
+
+
+def test_label_values_of_every_dataset_mean_the_same_class():
+    names = list(CITYSCAPES)
+    tables = {ids: label_values(ids, names) for ids in ("cityscapes", "synthia", "mapillary", "train_ids", "index")}
+    for name, values in {"rider": (25, 17, 21, 12, 12), "pole": (17, 7, 47, 5, 5), "sky": (23, 1, 27, 10, 10)}.items():
+        assert {tables[ids][value] for ids, value in zip(tables, values, strict=True)} == {names.index(name)}
+    assert label_values("train_ids", ["sky", "road"]) == {k: {10: 0, 0: 1}.get(k, 255) for k in [*range(19), 255]}
+    assert len(tables["mapillary"]) == 66
+    assert sum(k != 255 for k in tables["mapillary"].values()) == 25
+
+
+# ---------------------------------------------------------------- other networks
+
+
+@pytest.mark.parametrize(
+    ("config", "network"),
+    [
+        ("segformer.yaml", "smp/Segformer/mit_b0"),
+        ("semi_supervised.yaml", "smp/UPerNet/tu-hrnet_w18_small"),
+        ("dinov3.yaml", "smp/DPT/tu-vit_small_patch16_dinov3.lvd1689m"),
+    ],
+)
+def test_other_networks_train_and_train_themselves(world, run, config, network):
+    """At a small size: the smallest network of the family that the configuration names."""
+    pytest.importorskip("segmentation_models_pytorch")
+    assert load_config(CONFIGS / config).model.network.split("/")[1] == network.split("/")[1]
+    (world / "all.txt").write_text("\n".join(f"a/a_{i}_leftImg8bit.png" for i in range(4)))
+    more = [f"source.root={world}/game", "warmup.crdomix=false", "selftrain.crdomix=false"]
+    if config == "semi_supervised.yaml":
+        more = [f"source.root={world}/camera", f"source.list={world}/all.txt", f"target.list={world}/all.txt"]
+    cfg = ("--cfg", CONFIGS / config, *small(world, *more, "selftrain.rounds=1", network=network))
+    for script in ("warmup", "selftrain", "evaluate"):
+        ok(run(script, *cfg))
+    warmup, selftrain = (torch.load(world / f"runs/small/{s}.pth", weights_only=True) for s in ("warmup", "selftrain"))
+    part = next(key for key in warmup["student"] if key.startswith("backbone.") and key.endswith("weight"))
+    assert not torch.equal(warmup["student"][part], selftrain["student"][part])
+    assert set(results(world)) == {"warmup", "selftrain"}
+
+
+def test_the_networks_that_the_configurations_name_are_built():
+    pytest.importorskip("segmentation_models_pytorch")
+    for config, millions in (("segformer.yaml", 84), ("semi_supervised.yaml", 84), ("dinov3.yaml", 117)):
+        options = load_config(CONFIGS / config).model
+        model = models.build_segmenter(num_classes=19, **options | {"weights": None}).eval()
+        assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.1)
+        with torch.no_grad():
+            logits, features, _ = model(torch.rand(1, 3, 64, 96))
+        assert logits.shape[-2:] == features.shape[-2:]
+        assert features.shape[1] == model.channels
+
+
+def test_a_teacher_is_not_random_and_a_network_without_batch_norm_is_not_recalibrated():
+    pytest.importorskip("segmentation_models_pytorch")
+    model = models.build_segmenter("smp/Segformer/mit_b0", 3).train()
+    images = torch.rand(2, 3, 64, 64)
+    teacher = models.make_teacher(model)
+    assert torch.equal(teacher(images)[0], teacher(images)[0])
+    assert not torch.equal(model(images)[0], model(images)[0])  # dropout and stochastic depth
+    before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
+    models.recalibrate_batchnorm(model.backbone, [images])
+    assert all(torch.equal(before[name], value) for name, value in model.backbone.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("network", "part"),
+    [
+        ("smp/Unetto/resnet18", "Unetto"),
+        ("smp/FPN/resnet19", "resnet19"),
+        ("smp/FPN", "smp/ARCHITECTURE/ENCODER"),
+    ],
+)
+def test_a_network_that_does_not_exist(world, run, network, part):
+    pytest.importorskip("segmentation_models_pytorch")
+    more = (f"source.root={world}/game", "warmup.crdomix=false", f"model.network={network}")
+    code, _, err = run("warmup", *small(world, *more))
+    assert (code, len(err.strip().splitlines())) == (2, 1)
+    assert part in err
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", None)
+    with pytest.raises(models.UserError, match="pip install segmentation-models-pytorch"):
+        models.build_segmenter("smp/FPN/resnet18", 3)
+
+
+# ---------------------------------------------------------------- the weights of others
+
+
+def test_the_authors_student_goes_through_the_command_line(world, run, tmp_path):
+    import sys
+
+    sys.path.insert(0, str(ROOT / "tests/golden"))
+    from authors_state_dict import authors_state_dict
+
+    torch.save(authors_state_dict(ROOT / "tests/golden/authors_student_keys.json"), tmp_path / "student.pth")
+    overrides = small(world, f"source.root={world}/game", network="deeplab_v2_resnet101")
+    ok(run("evaluate", "--cfg", ROOT / "config.yaml", "--weights", tmp_path / "student.pth", *overrides))
+    assert set(results(world)) == {"student"}
+    state = authors_state_dict(ROOT / "tests/golden/authors_student_keys.json")
+    state["layer9.0.weight"] = state.pop("layer1.0.conv2.weight")
+    torch.save(state, tmp_path / "student.pth")
+    code, _, err = run("evaluate", "--cfg", ROOT / "config.yaml", "--weights", tmp_path / "student.pth", *overrides)
+    assert code == 2
+    assert "lacks backbone.layer1.0.conv2.weight" in err
+
+
+def test_backbones_in_the_old_deeplab_and_in_the_simclr_layout(tmp_path):
+    torch.manual_seed(0)
+    plain = torchvision.models.resnet50(weights=None).state_dict()
+    torch.save(plain, tmp_path / "plain.pth")
+    torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in plain.items()}}, tmp_path / "simclr.pth")
+    old = {f"Scale.{k}": v for k, v in plain.items() if "num_batches" not in k and not k.startswith("fc.")}
+    old["Scale.layer5.conv2d_list.0.weight"] = torch.zeros(19, 2048, 3, 3)
+    torch.save(old, tmp_path / "old.pth")
+    networks = {}
+    for name in ("plain", "simclr", "old"):
+        networks[name] = models.build_segmenter("resnet50", 3, weights=str(tmp_path / f"{name}.pth")).eval()
+    image = torch.rand(1, 3, 48, 64)
+    bgr = image.flip(1) * 255 - torch.tensor(models.AUTHORS_BGR_MEAN)[:, None, None]
+
+    def through(network):
+        return network.backbone((image - network.mean) / network.std)
+
+    with torch.no_grad():
+        assert torch.equal(through(networks["plain"]), through(networks["simclr"]))
+        expected = networks["plain"].backbone(bgr)
+        error = (through(networks["old"]) - expected).abs().max()
+        assert error < 1e-4 * expected.abs().max()
+    del old["Scale.layer2.0.conv1.weight"]
+    torch.save(old, tmp_path / "old.pth")
+    with pytest.raises(models.UserError, match=r"lacks layer2\.0\.conv1\.weight"):
+        models.build_segmenter("resnet50", 3, weights=str(tmp_path / "old.pth"))
+
+
+def test_the_authors_translator(world, run):
+    """Against the layers written out one after the other, by the names in their files."""
+    shapes = json.loads((ROOT / "tests/golden/authors_translator_keys.json").read_text())
+    folder = world / "translator"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    files = {}
+    for name, keys in shapes.items():
+        files[name] = {key: 0.05 * torch.randn(shape, generator=generator) for key, shape in keys.items()}
+        torch.save(files[name], folder / f"{name}.pth")
+
+    def conv(x, state, name, stride=1, norm=True, relu=True):
+        weight = state[f"{name}.conv.weight"]
+        pad = (weight.shape[-1] - 1) // 2
+        x = F.conv2d(F.pad(x, [pad] * 4, mode="reflect"), weight, state[f"{name}.conv.bias"], stride)
+        x = F.instance_norm(x) if norm else x
+        return x.relu() if relu else x
+
+    def blocks(x, state, name):
+        for b in range(4):
+            inner = conv(x, state, f"{name}.model.{b}.model.0")
+            x = x + conv(inner, state, f"{name}.model.{b}.model.1", relu=False)
+        return x
+
+    image = torch.from_numpy(picture(2)[0]).permute(2, 0, 1)[None] / 255
+    mean = torch.tensor([104.00698793, 116.66876762, 122.67891434])[:, None, None]
+    enc, dec = files["enc_s"], files["dec_s2t"]
+    x = conv((image.flip(1) * 255 - mean) / 128, enc, "model.0")
+    x = blocks(conv(conv(x, enc, "model.1", 2), enc, "model.2", 2), enc, "model.3")
+    x = blocks(x, dec, "model.0")
+    for name in ("model.2", "model.4"):
+        x = conv(F.interpolate(x, scale_factor=2), dec, name)
+    x = conv(x, dec, "model.5", norm=False, relu=False).tanh()
+    expected = ((x * 128 + mean) / 255).clamp(0, 1).flip(1)
+
+    with torch.no_grad():
+        ours = translators.load_generator(folder)(image)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    ok(run("translate_cyclegan", f"translation.weights={folder}"))
+    written = datasets.read_image(world / "runs/test/translated/00002.png")
+    assert np.abs(written - expected[0].permute(1, 2, 0).numpy() * 255).max() < 1
+    shutil.copy(folder / "enc_s.pth", folder / "dec_s2t.pth")
+    code, _, err = run("translate_cyclegan", f"translation.weights={folder}", "--force")
+    assert (code, "dec_s2t.pth: lacks" in err) == (2, True)
