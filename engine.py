@@ -20,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from config import UserError
+from files import load_tensors, write_atomically, write_text
 
 # keys that may differ between a checkpoint and the command that goes on with it; of the stages' own sections
 # (translation, warmup, selftrain) only the stage's own counts
@@ -76,64 +77,6 @@ def set_learning_rate(optimizer, step, total, power, warmup, **_):
 def ema_decay(step, limit=0.999):
     """alpha of the teacher's update at `step`, counted from 0: min(1 - 1 / (step + 1), limit)."""
     return min(1 - 1 / (step + 1), limit)
-
-
-# ---------------------------------------------------------------- files
-
-
-def write_atomically(path, write):
-    """Calls write(temporary path), then moves the result to `path`: there is the old file or the complete new one."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, cv2.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"{path}: cannot be written ({reason}); free the place and run the same command again"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path, text):
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def write_image(path, image):
-    """Writes uint8 RGB (H, W, 3) or gray (H, W); the extension gives the format."""
-
-    def write(temporary):
-        if not cv2.imwrite(str(temporary), np.ascontiguousarray(image[..., ::-1] if image.ndim == 3 else image)):
-            raise OSError("OpenCV failed")
-
-    write_atomically(path, write)
-
-
-def load_tensors(path):
-    """A file of tensors, as torch.save writes it; nothing in it is executed. Raises UserError."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such file of weights") from error
-    except Exception as error:  # a dozen types, depending on what the file is instead
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path}: not a file of tensors that is safe to load ({reason})") from error
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: holds a {type(state).__name__}, not a state dict")
-    return state
-
-
-def find(path, cfg):
-    """`path` as it stands or, failing that, inside the run's folder."""
-    inside = Path(cfg.output) / cfg.name / path
-    if not Path(path).exists() and not inside.exists():
-        raise UserError(f"{path}: there is no such file, nor {inside}")
-    return Path(path) if Path(path).exists() else inside
 
 
 # ---------------------------------------------------------------- a run

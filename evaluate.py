@@ -15,8 +15,10 @@ import cv2
 import numpy as np
 
 from config import UserError, checked, classes, label_values, load_config
-from datasets import Folder, Images, Whole, read_image, resize
-from engine import Run, arguments, command, find, load_tensors, write_image, write_text
+from datasets import Folder, Images, Whole
+from engine import Run, arguments, command
+from files import find, load_tensors, write_text
+from images import paint, read_image, resize, write_image
 from metrics import ConfusionMatrix, predictions
 from models import load_segmenter
 
@@ -120,13 +122,6 @@ def segment(run, model, whole, out, name, pictured=(), ids=False):
                 values = lookup[prediction]
                 write_image(out / "ids" / name / picture, values.astype(np.uint8) if values.max() < 256 else values)
     return matrix.scores(classes(cfg), cfg.evaluation.subsets) if whole.images.labelled else {}
-
-
-def paint(label, cfg):
-    """A label map (H, W) in the classes' colours, (H, W, 3); 255 is black."""
-    palette = np.zeros((256, 3), np.uint8)
-    palette[: len(classes(cfg))] = list(classes(cfg).values())
-    return palette[label]
 
 
 def record(path, stage, entry):

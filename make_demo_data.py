@@ -16,7 +16,9 @@ import numpy as np
 from tqdm import tqdm
 
 from config import CITYSCAPES, load_config
-from engine import arguments, command, write_image, write_text
+from engine import arguments, command
+from files import write_text
+from images import write_image
 
 HEIGHT, WIDTH, OVERSAMPLING = 192, 384, 2
 SPLITS = {"game": 300, "train": 200, "val": 50}

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from config import classes
 from datasets import Whole, loader
-from engine import load_tensors
+from files import load_tensors
 from losses import probability_labels
 from models import recalibrate_batchnorm
 

@@ -14,7 +14,7 @@ import torchvision
 from torch import nn
 
 from config import Config, UserError, classes
-from engine import load_tensors
+from files import load_tensors
 
 NETWORKS = ("deeplab_v2_resnet101", "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2")
 

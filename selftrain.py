@@ -10,8 +10,10 @@ from torch.utils.data import StackDataset
 
 from augment import class_mix, cross_domain_mix, strong_view
 from config import classes, load_config
-from datasets import Aligned, Crops, Images, RecalibrationImages, Whole, loader, read_label, translated_images
-from engine import Run, arguments, command, ema_decay, find, set_learning_rate, write_image
+from datasets import Aligned, Crops, Images, RecalibrationImages, Whole, loader, translated_images
+from engine import Run, arguments, command, ema_decay, set_learning_rate
+from files import find
+from images import read_label, write_image
 from losses import Centroids, bilateral_consensus, ohem_loss, supervised_loss, symmetric_distillation, upsample
 from metrics import predictions, validate
 from models import build_optimizer, ema_update, load_segmenter, make_teacher, recalibrate_batchnorm

@@ -17,8 +17,9 @@ from torch.utils.data import StackDataset, Subset
 from tqdm import tqdm
 
 from config import load_config
-from datasets import Aligned, Crops, Images, Whole, loader, read_image
-from engine import Run, arguments, command, write_image
+from datasets import Aligned, Crops, Images, Whole, loader
+from engine import Run, arguments, command
+from images import read_image, write_image
 from losses import semantic_edge_loss
 from translators import Discriminator, Generator, init_gan, load_generator
 

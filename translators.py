@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from config import UserError
-from engine import load_tensors
+from files import load_tensors
 from models import AUTHORS_BGR_MEAN, load_exactly
 
 

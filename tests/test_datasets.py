@@ -9,7 +9,8 @@ from conftest import CLASSES, IDS, SIZE, paletted_png, picture, save
 
 import datasets
 from config import UserError
-from datasets import Aligned, Crops, Images, Whole, list_images, read_image, read_label, resize
+from datasets import Aligned, Crops, Images, Whole, list_images
+from images import read_image, read_label, resize
 
 
 def as_classes(label):

@@ -16,7 +16,7 @@ from conftest import CLASSES, IDS, ROOT, SIZE, picture, save
 import make_demo_data
 import models
 import translators
-from datasets import read_image, read_label
+from images import read_image, read_label
 
 
 def ok(outcome):

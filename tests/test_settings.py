@@ -12,6 +12,7 @@ import torchvision
 from conftest import IDS, ROOT, SIZE, paletted_png, picture, save
 
 import datasets
+import images
 import models
 import translators
 from config import CITYSCAPES, classes, label_values, load_config
@@ -123,8 +124,8 @@ def test_generalization_reads_nothing_of_a_target_and_is_scored_on_three_dataset
             f"more_val.mapillary.root={world}/mapillary", "more_val.bdd100k.size=[48,64]",
             "more_val.mapillary.size=[48,64]"]  # fmt: skip
     cfg = ("--cfg", CONFIGS / "generalization.yaml", *small(world, *more))
-    opened, read, iterate = [], datasets._read, datasets.list_images
-    monkeypatch.setattr(datasets, "_read", lambda path: opened.append(path) or read(path))
+    opened, read, iterate = [], images._read, datasets.list_images
+    monkeypatch.setattr(images, "_read", lambda path: opened.append(path) or read(path))
     monkeypatch.setattr(datasets, "list_images", lambda folder: opened.append(folder) or iterate(folder))
     ok(run("warmup", *cfg))
     assert opened
@@ -346,7 +347,7 @@ def test_the_authors_translator(world, run):
         ours = translators.load_generator(folder)(image)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
     ok(run("translate_cyclegan", f"translation.weights={folder}"))
-    written = datasets.read_image(world / "runs/test/translated/00002.png")
+    written = images.read_image(world / "runs/test/translated/00002.png")
     assert np.abs(written - expected[0].permute(1, 2, 0).numpy() * 255).max() < 1
     shutil.copy(folder / "enc_s.pth", folder / "dec_s2t.pth")
     code, _, err = run("translate_cyclegan", f"translation.weights={folder}", "--force")
