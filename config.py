@@ -254,8 +254,8 @@ def checked(tree, overrides, origin):
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
-            raise UserError(f"{override}: an override reads key.sub=value, for instance warmup.steps=1000")
-        value = _parse(value, override)
+            raise UserError(f"{_line(override)}: an override reads key.sub=value, for instance warmup.steps=1000")
+        value = _parse(value, _line(override))
         tree = _merge(tree, functools.reduce(lambda v, k: {k: v}, reversed(key.split(".")), value), SCHEMA)
     config = _check(tree, SCHEMA, "", origin)
     _check_together(config, origin)

@@ -1,7 +1,12 @@
-"""What one sample is: dataset layouts, label values, scaling, cropping."""
+"""What one sample is: dataset layouts, label values, scaling, cropping. As a command, the check of all files.
+
+python datasets.py --check --cfg config.yaml
+"""
 
 import functools
+import signal
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,10 +14,12 @@ import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, StackDataset
+from tqdm import tqdm
 
 from augment import DRAWS
-from config import Config, UserError, classes, label_values
-from images import read_image, read_label, resize
+from config import Config, UserError, classes, label_values, load_config
+from engine import arguments, command
+from images import paint, read_image, read_label, resize, write_image
 
 IGNORED, NO_CLASS = 255, 254
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
@@ -268,12 +275,17 @@ def loader(run, dataset, first=0, batch_size=None):
         sampler=range(first, len(dataset)),
         num_workers=run.cfg.workers,
         pin_memory=run.device.type == "cuda",
-        worker_init_fn=_one_thread,
+        worker_init_fn=_set_up_worker,
     )
 
 
-def _one_thread(_):
+def _set_up_worker(_):
     cv2.setNumThreads(1)
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # sent to the whole group, they are for the training itself to answer
+        signal.signal(number, signal.SIG_IGN)
 
 
 def translated_images(cfg, source):
@@ -299,3 +311,60 @@ class RecalibrationImages:
     def __iter__(self):
         for batch in self.batches:
             yield torch.cat([part["image"] for part in self.run.fetch(batch).values()])
+
+
+# ---------------------------------------------------------------- the check of all files
+
+
+def main():
+    parser = arguments(__doc__)
+    parser.add_argument("--check", action="store_true", required=True, help="read every file; show what is there")
+    args = parser.parse_intermixed_args()
+    cfg = load_config(args.cfg, args.overrides)
+    labelled = {"source": True, "target": cfg.selftrain.diagnose or cfg.warmup.labels_from == "target"}
+    labelled |= {"val": True} if cfg.val.root else {}
+    for domain in (*labelled, *(f"more_val.{name}" for name in cfg.more_val)):
+        check(cfg, domain, Images(cfg, domain, labelled.get(domain, True)))
+
+
+def check(cfg, domain, images, shown=12):
+    """Reads every file of Images; prints their number, sizes and class shares, writes a contact sheet to the run's folder."""
+    sizes, pixels, bar = Counter(), np.zeros(256, np.int64), tqdm(total=len(images), desc=domain, disable=None)
+    with ThreadPoolExecutor() as pool:
+        for size, counts in pool.map(functools.partial(_count, images), range(len(images))):
+            sizes[size] += 1
+            pixels += counts
+            bar.update()
+    bar.close()
+    print(f"{domain}: {len(images)} images in {images.folder}{'' if images.labelled else ', labels not read'}")
+    print("  sizes: " + ", ".join(f"{n} of {w}x{h}" for (h, w), n in sizes.most_common(5)))
+    if images.labelled:
+        names = [*classes(cfg), "ignored"]
+        shares = 100 * np.append(pixels[: len(names) - 1], pixels[IGNORED]) / pixels.sum()
+        print("  classes: " + ", ".join(f"{name} {share:.2f}%" for name, share in zip(names, shares, strict=True)))
+    tiles = []
+    for i in np.unique(np.linspace(0, len(images) - 1, shown, dtype=int)).tolist():
+        image = images.image(i)
+        size = (160, round(160 * image.shape[1] / image.shape[0]))
+        pair = [image, cv2.addWeighted(image, 0.4, paint(images.label(i), cfg), 0.6, 0)] if images.labelled else [image]
+        tiles.append(np.hstack([resize(tile, size) for tile in pair]))
+    tiles = [resize(tile, tiles[0].shape[:2]) for tile in tiles]
+    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % 3)
+    sheet = np.vstack([np.hstack(tiles[at : at + 3]) for at in range(0, len(tiles), 3)])
+    path = Path(cfg.output) / cfg.name / f"contact_sheet_{domain}.png"
+    write_image(path, sheet)
+    print(f"  contact sheet: {path}")
+
+
+def _count(images, i):
+    """The size of image i, and how many pixels of each class its label has."""
+    image = images.image(i)
+    counts = np.zeros(256, np.int64)
+    if images.labelled:
+        label = images.to_classes(images.label_values(i, image), i)
+        counts = np.bincount(label.ravel(), minlength=256)
+    return image.shape[:2], counts
+
+
+if __name__ == "__main__":
+    command(main)

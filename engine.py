@@ -1,11 +1,15 @@
 """What every stage shares and is no method: commands, run folder, precision, schedules, checkpoints, log, progress."""
 
 import argparse
+import fcntl
+import hashlib
 import json
 import math
+import multiprocessing
 import os
 import platform
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -19,7 +23,7 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from config import UserError
+from config import NAME, UserError
 from files import load_tensors, write_atomically, write_text
 
 # keys that may differ between a checkpoint and the command that goes on with it; of the stages' own sections
@@ -38,18 +42,47 @@ FREE_KEYS = {
 }
 
 
+class Stopped(BaseException):
+    """SIGINT or SIGTERM came. Raised at once, except in a training loop: there after the step, with a checkpoint."""
+
+
+_locks = {}  # of the folders that this process trains in
+
+
+class _Signals:
+    in_loop, received = False, None
+
+    @classmethod
+    def handle(cls, number, _):
+        if not cls.in_loop or cls.received:
+            raise Stopped(number)
+        cls.received = number
+
+
 def command(main):
-    """Runs a script's main(): a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Runs a script's main(): a UserError becomes one line on stderr and exit code 2, SIGINT 130 and SIGTERM 143."""
     script = Path(sys.argv[0]).name
+    previous = {number: signal.signal(number, _Signals.handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         main()
     except UserError as error:
         # raised in a loader's process, it comes wrapped in that process's traceback, whose last line is ours
         print(f"{script}: {str(error).strip().splitlines()[-1].removeprefix('config.UserError: ')}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{script}: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    except Stopped as stop:
+        name = signal.Signals(stop.args[0]).name
+        print(f"{script}: stopped by {name}; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(128 + stop.args[0])
+    finally:
+        _Signals.in_loop, _Signals.received = False, None
+        while _locks:
+            _locks.popitem()[1].close()
+        if loaders := multiprocessing.active_children():  # of a stage that ended before its data did
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for loader in loaders:
+                loader.kill()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def arguments(doc, cfg="config.yaml"):
@@ -90,6 +123,8 @@ class Run:
     """
 
     def __init__(self, cfg, stage, section):
+        if not NAME[1](stage):
+            raise UserError(f"--as {stage!r} must be {NAME[0]}")
         self.cfg, self.stage, self.section = cfg, stage, section
         self.folder = Path(cfg.output) / cfg.name
         self.result = self.folder / f"{stage}.pth"
@@ -124,14 +159,19 @@ class Run:
 
     # -- checkpoints
 
-    def is_finished(self, force):
-        """Whether the stage's result is there. Raises UserError where it, or its unfinished checkpoint, is of another
-        configuration; `force` removes both first."""
+    def is_finished(self, force, inputs=()):
+        """Whether the stage's result is there; from here on, no other process may train in the run's folder.
+
+        inputs: files of earlier stages that this one reads, if they are there. Raises UserError where the result, or its
+        unfinished checkpoint, is of another configuration or of other inputs; `force` removes both first.
+        """
+        self._lock()
+        self.inputs = {Path(path).name: _digest(path) for path in inputs if Path(path).is_file()}
         for path in (self.result, self.unfinished):
             if force:
                 path.unlink(missing_ok=True)
             elif path.exists():
-                change = self._difference(load_tensors(path).get("config", {}))
+                change = self._difference(load_tensors(path))
                 if change:
                     raise UserError(f"{path}: was made with {change}; --force replaces it, name=... starts another run")
         if self.result.exists():
@@ -139,11 +179,31 @@ class Run:
         return self.result.exists()
 
     def _difference(self, saved):
+        config = saved.get("config", {})
         for key, value in _plain(self.cfg).items():
             relevant = key == self.section or key not in FREE_KEYS | {"translation", "warmup", "selftrain"}
-            if relevant and saved.get(key) != value:
-                return f"another {key}: {saved.get(key)} instead of {value}"
+            if relevant and config.get(key) != value:
+                return f"another {key}: {config.get(key)} instead of {value}"
+        for name, digest in self.inputs.items():
+            if saved.get("inputs", {}).get(name) != digest:
+                return f"another {name} than the one that is there now"
         return None
+
+    def _lock(self):
+        """Held until the process ends, however it ends."""
+        if self.folder in _locks:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = (self.folder / ".lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise UserError(f"{self.folder}: {file.read()} is at work here; wait for it, or set name=...") from error
+        _locks[self.folder] = file
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()} ({self.stage})")
+        file.flush()
 
     def describe(self):
         """Leaves in the run's folder what is run, and on what."""
@@ -162,7 +222,7 @@ class Run:
 
     def save(self, path, step, state, **more):
         saved = {name: part.state_dict() for name, part in state.items()}
-        saved |= {"stage": self.stage, "step": step, "config": _plain(self.cfg), "overall": self.overall, **more}
+        saved |= {"stage": self.stage, "step": step, "config": _plain(self.cfg), "inputs": self.inputs, **more}
         write_atomically(path, lambda temporary: torch.save(saved, temporary))
 
     def finish(self, steps, state):
@@ -183,6 +243,7 @@ class Run:
         images = batches.batch_size
         self.writer = SummaryWriter(self.folder / "tensorboard" / self.stage, purge_step=first)
         self.started, self.done = time.perf_counter(), 0
+        _Signals.in_loop = True
         with tqdm(
             total=total * images, initial=first * images, unit="img", desc=self.stage, disable=None, dynamic_ncols=True
         ) as self.bar:
@@ -193,11 +254,15 @@ class Run:
                 yield step, self.fetch(batch)
                 self.bar.update(images)
                 self.done += 1
-                saves = (step + 1) % self.cfg.save_every == 0 and step + 1 < total
+                stop = _Signals.received
+                saves = stop or ((step + 1) % self.cfg.save_every == 0 and step + 1 < total)
                 if (step + 1) % self.cfg.log_every == 0 or saves or step + 1 == total:
                     self._flush(step + 1, total, images)
                 if saves:
-                    self.save(self.unfinished, step + 1, state)
+                    self.save(self.unfinished, step + 1, state, overall=self.overall)
+                if stop:
+                    raise Stopped(stop)
+        _Signals.in_loop = False
         self.writer.close()
 
     def log(self, **figures):
@@ -253,6 +318,14 @@ def _precision(name, device):
     elif name == "auto":
         name = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+def _digest(path):
+    sha = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 22):
+            sha.update(block)
+    return sha.hexdigest()
 
 
 def _plain(config):

@@ -19,7 +19,7 @@ def write_atomically(path, write):
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except (OSError, cv2.error) as error:
+    except (OSError, RuntimeError, cv2.error) as error:  # torch.save meets a full disk with a RuntimeError
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"{path}: cannot be written ({reason}); free the place and run the same command again"

@@ -7,6 +7,7 @@ Writes the game's images and labels in GTA5's layout to the configuration's sour
 show it: palette, texture, light, haze, blur, noise, vignetting. Every file is a pure function of (seed, split, number).
 """
 
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -309,7 +310,7 @@ def main():
         print(f"demo data: {cfg.source.root} and {cfg.target.root} are complete")
         return
     jobs = [(split, number) for split, count in SPLITS.items() for number in range(count)]
-    with ProcessPoolExecutor() as pool:
+    with ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
         list(
             tqdm(
                 pool.map(partial(write, args.seed, *roots), *zip(*jobs, strict=True), chunksize=8),

@@ -31,7 +31,7 @@ def main():
     for number in range(1, cfg.selftrain.rounds + 1):
         stage = "selftrain" if number == cfg.selftrain.rounds else f"selftrain_round{number}"
         run = Run(cfg, stage, "selftrain")
-        if not run.is_finished(args.force):
+        if not run.is_finished(args.force, [init, *[run.folder / "translator.pth"] * cfg.selftrain.crdomix]):
             train(run, init, run.folder / "pseudo_labels" / f"round{number}")
         init = run.result
 
@@ -71,7 +71,7 @@ def train(run, init, folder):
         if options.centroids == "crdomix":
             centroids_of_source(run, student, source, beside, centroids)
         student.train()
-        run.save(run.unfinished, first, state)
+        run.save(run.unfinished, first, state, overall={})
     labels = Aligned(folder, target.names, read_label, "give --force to make the pseudo-labels anew")
     target_crops = Crops(cfg, run.stage, "target", target, options.batch, total, pseudo=labels, **truth)
 

@@ -22,7 +22,7 @@ def main():
     args = parser.parse_intermixed_args()
     cfg = load_config(args.cfg, args.overrides)
     run = Run(cfg, args.stage, "warmup")
-    if not run.is_finished(args.force):
+    if not run.is_finished(args.force, [run.folder / "translator.pth"] * cfg.warmup.crdomix):
         train(run)
 
 
