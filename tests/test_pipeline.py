@@ -45,7 +45,7 @@ def log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_all_stages_end_to_end(dataset, run, monkeypatch):
+def test_all_stages_end_to_end(dataset, run, config, monkeypatch):
     folder = dataset / "runs/test"
     ok(run("translate_cyclegan"))
     for i in range(6):
@@ -80,6 +80,16 @@ def test_all_stages_end_to_end(dataset, run, monkeypatch):
     for label, colour in ((IDS[k], colour) for k, colour in CLASSES.items()):
         assert (coloured[ids == label] == colour).all()
     assert set(np.unique(ids)) <= set(IDS.values())
+    model = models.load_segmenter(folder / "warmup.pth", config())[0].eval()
+    image = torch.from_numpy(read_image(dataset / "camera/leftImg8bit/val" / name)).permute(2, 0, 1)[None] / 255
+    with torch.no_grad():
+        half = torch.nn.functional.interpolate(image, (24, 32), mode="bilinear", antialias=True)
+        logits = [
+            torch.nn.functional.interpolate(model(x)[0], SIZE, mode="bilinear", align_corners=True)
+            for x in (image, half)
+        ]
+    expected = np.array(list(CLASSES.values()))[torch.maximum(*logits).argmax(1)[0]]
+    assert (coloured == expected).all(2).mean() > 0.999
     image = read_image(dataset / "camera/leftImg8bit/val" / name).astype(int)
     overlay = read_image(folder / "overlays/warmup" / name).astype(int)
     assert np.abs(overlay - (image + coloured) / 2).max() <= 1

@@ -19,6 +19,7 @@ from conftest import ROOT, picture, save
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import files
 import images
 from config import SCHEMA, Config, UserError, load_config
 from datasets import Images
@@ -167,6 +168,24 @@ def test_a_full_disk_leaves_the_last_checkpoint(dataset, run):
         assert not list((disk / "test").glob(".*partial*"))
     finally:
         subprocess.run(["umount", "-l", disk], check=False)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    files.write_text(path, "old")
+    before = path.open()
+
+    def fail(temporary):
+        temporary.write_text("half")
+        raise OSError("no")
+
+    with pytest.raises(UserError, match="cannot be written"):
+        files.write_atomically(path, fail)
+    assert path.read_text() == "old"
+    files.write_text(path, "new")
+    assert path.read_text() == "new"
+    assert before.read() == "old"  # who had it open still has the old one, complete
+    assert list(tmp_path.iterdir()) == [path]
 
 
 # ---------------------------------------------------------------- hostile files

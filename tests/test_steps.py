@@ -166,7 +166,7 @@ def test_a_self_training_step(dataset, run, config, monkeypatch, warmed_up):
     saved = torch.load(folder / "selftrain.unfinished.pth", weights_only=True)
 
     cfg = config(*options, *rates, *QUIET)
-    student, _ = models.load_segmenter(folder / "warmup.pth", cfg)
+    student = models.load_segmenter(folder / "warmup.pth", cfg)[0].to(memory_format=torch.channels_last)
     source, target = Images(cfg, "source", True), Images(cfg, "target", False)
 
     # probability labels and first centroids, image by image
