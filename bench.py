@@ -1,0 +1,256 @@
+"""Times the stages against what the network alone takes, on made-up images of the configuration's sizes.
+
+    python bench.py --cfg config.yaml                                  # on the device of the configuration
+    python bench.py --cfg configs/demo.yaml --steps 30 --parts warmup loader
+
+Both sides of each ratio run in one process, turn by turn; medians are printed, and written to bench.json.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+
+import cv2
+import numpy as np
+import torch
+
+import selftrain
+import translate_cyclegan
+import warmup
+from config import classes, load_config
+from datasets import Crops, Images, Whole, translated_images
+from engine import Run, _environment, _memory_gb, arguments, command
+from files import write_text
+from images import write_image
+from losses import Centroids
+from metrics import at_scales, predictions
+from models import ema_update, load_segmenter, make_teacher
+from translators import Generator
+
+PARTS = ("warmup", "selftrain", "loader", "evaluate", "pseudo_labels", "translate", "teacher")
+
+
+class Timed(Run):
+    """A run whose loop repeats its first batch, turn by turn with the bare network on the views of that step."""
+
+    def __init__(self, cfg, stage, section, steps, networks):
+        super().__init__(cfg, stage, section)
+        self.repeats, self.networks, self.times = steps, networks, ([], [])
+
+    def steps(self, batches, first, total, state):
+        batch = self.fetch(next(iter(batches)))
+        bare = self.networks(self, state)
+        for step in range(self.repeats + 2):
+            for side, times in enumerate(self.times):
+                started = now(self.device)
+                if side:
+                    bare()
+                else:
+                    yield step, batch
+                times.append(now(self.device) - started)
+
+    def save(self, *_, **__):
+        pass
+
+    def finish(self, steps, state):
+        pass
+
+
+def main():
+    parser = arguments(__doc__)
+    parser.add_argument("--steps", type=int, default=10, help="repetitions of each measurement (%(default)s)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
+    parser.add_argument("--out", default="bench.json", help="the figures for machines (%(default)s)")
+    args = parser.parse_intermixed_args()
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = load_config(args.cfg, [*args.overrides, *make_files(load_config(args.cfg, args.overrides), folder)])
+        figures = {"cfg": args.cfg, **_environment(Run(cfg, "bench", "evaluation").device)}
+        for part in args.parts:
+            figures[part] = MEASURES[part](cfg, args.steps)
+            print(f"{part}: " + ", ".join(f"{key} {value:.4g}" for key, value in figures[part].items()), flush=True)
+    write_text(args.out, json.dumps(figures, indent=1) + "\n")
+
+
+def make_files(cfg, folder, count=4):
+    """Writes `count` images of each domain and their labels, and a warmed-up network; returns the overrides that name them."""
+    rng = np.random.default_rng(0)
+    names = list(classes(cfg))
+    sizes = {
+        "source": cfg.source.sizes[-1],
+        "target": cfg.target.sizes[-1],
+        "val": cfg.val.size or cfg.target.sizes[-1],
+    }
+    for domain, size in sizes.items():
+        for i in range(count):
+            coarse = rng.integers(0, len(names), (12, 20)).astype(np.uint8)
+            label = cv2.resize(coarse, size[::-1], interpolation=cv2.INTER_NEAREST)
+            shades = cv2.resize(rng.integers(0, 256, (60, 100, 3)).astype(np.uint8), size[::-1])
+            image = cv2.add(shades, rng.integers(0, 12, (*size, 3)).astype(np.uint8))
+            write_image(f"{folder}/{domain}/images/{i}.png", image)
+            write_image(f"{folder}/{domain}/labels/{i}.png", label)
+    overrides = [f"{domain}.{key}" for domain in sizes for key in
+                 (f"root={folder}/{domain}", "layout=folder", "split=null", "ids=index", "list=null")]  # fmt: skip
+    return [*overrides, f"translation.images={folder}/source/images", f"output={folder}", "name=bench", "bn_images=1",
+            "selftrain.diagnose=false", "val_every=0", "workers=0", "model.weights=null", "selftrain.rounds=1"]  # fmt: skip
+
+
+def now(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def ratio(ours, bare, first=2):
+    """Medians in seconds, without the first turns, and ours / bare."""
+    ours, bare = statistics.median(ours[first:]), statistics.median(bare[first:])
+    return {"seconds": ours, "bare": bare, "ratio": ours / bare}
+
+
+def alternate(device, steps, ours, bare):
+    times = ([], [])
+    for _ in range(steps + 2):
+        for run, kept in zip((ours, bare), times, strict=True):
+            started = now(device)
+            run()
+            kept.append(now(device) - started)
+    return ratio(*times)
+
+
+def bare_step(views):
+    """Student forward and backward and teacher forward, on as many random views as the step has."""
+
+    def networks(run, state):
+        student, teacher = state["student"], state["teacher"]
+        images = torch.rand(views, 3, *run.cfg.crop, device=run.device)
+
+        def bare():
+            with torch.no_grad(), run.autocast():
+                teacher(images)
+            with run.autocast():
+                logits, *_ = student(images)
+            logits.backward(torch.ones_like(logits))
+            state["optimizer"].zero_grad()
+
+        return bare
+
+    return networks
+
+
+def hours(seconds, steps):
+    return {"hours": seconds * steps / 3600}
+
+
+def measure_warmup(cfg, steps):
+    run = Timed(cfg, "warmup", "warmup", steps, bare_step(2 * sum(cfg.warmup.batch)))
+    run.is_finished(True)
+    warmup.train(run)
+    figures = ratio(*run.times)
+    return figures | {"memory_gb": _memory_gb(run.device)} | hours(figures["seconds"], cfg.warmup.steps)
+
+
+def warmed_up(cfg):
+    """The file of an untrained network, as a warm-up leaves it."""
+    run = Run(cfg, "warmup", "warmup")
+    run.is_finished(True)
+    student = warmup.build_segmenter(num_classes=len(classes(cfg)), **cfg.model)
+    run.save(run.result, 0, {"student": student})
+    return run.result
+
+
+def measure_selftrain(cfg, steps):
+    run = Timed(cfg, "selftrain", "selftrain", steps, bare_step(3 * sum(cfg.selftrain.batch)))
+    init = warmed_up(cfg)
+    run.is_finished(True)
+    selftrain.train(run, init, run.folder / "pseudo_labels")
+    figures = ratio(*run.times)
+    return figures | {"memory_gb": _memory_gb(run.device)} | hours(figures["seconds"], 2 * cfg.selftrain.steps)
+
+
+def measure_loader(cfg, steps):
+    source = Images(cfg, "source", labelled=True)
+    batch = [0] * (len(cfg.source.sizes) - 1) + [1]
+    crops = Crops(cfg, "bench", "source", source, batch, 10**6, translated=translated_images(cfg, source))
+    at = iter(range(10**6))
+    paths = [(source.folder / name, label) for name, label in zip(source.names, source.label_paths, strict=True)]
+
+    def decode():
+        image, label = paths[crops._index(decode.n)]
+        decode.n += 1
+        for path, flag in ((image, cv2.IMREAD_COLOR), (label, cv2.IMREAD_UNCHANGED), (image, cv2.IMREAD_COLOR)):
+            cv2.imread(str(path), flag)
+
+    decode.n = 0
+    return alternate(torch.device("cpu"), 5 * steps, lambda: crops[next(at)], decode)
+
+
+def measure_evaluate(cfg, steps):
+    run = Run(cfg, "evaluate", "evaluation")
+    model = run.place(load_segmenter(warmed_up(cfg), cfg)[0]).eval()
+    whole = Whole(Images(cfg, "val", labelled=True), cfg.val.size)
+    return alternate(run.device, steps, lambda: list(predictions(run, model, whole, cfg.evaluation.scales)),
+                     bare_pass(run, model, whole, cfg.evaluation.scales))  # fmt: skip
+
+
+def bare_pass(run, model, whole, scales):
+    images = [torch.from_numpy(sample["image"]).permute(2, 0, 1)[None] / 255 for sample in whole]
+    images = [image.to(run.device).contiguous(memory_format=torch.channels_last) for image in images]
+
+    @torch.no_grad()
+    def bare():
+        for image in images:
+            with run.autocast():
+                at_scales(model, image, scales)
+
+    return bare
+
+
+def measure_pseudo_labels(cfg, steps):
+    run = Run(cfg, "selftrain", "selftrain")
+    model = run.place(load_segmenter(warmed_up(cfg), cfg)[0]).eval()
+    target = Images(cfg, "target", labelled=False)
+    centroids = Centroids(len(classes(cfg)), model.channels).to(run.device)
+    folder = run.folder / "pseudo_labels"
+    return alternate(run.device, steps, lambda: selftrain.label_target(run, model, target, centroids, folder),
+                     bare_pass(run, model, Whole(target, cfg.target.sizes[-1]), selftrain.SCALES))  # fmt: skip
+
+
+def measure_translate(cfg, steps):
+    run = Run(cfg, "translator", "translation")
+    generator = run.place(Generator(cfg.translation.filters, cfg.translation.blocks))
+    source = Images(cfg, "source", labelled=False)
+    weights = run.folder / "translator.pth"
+    run.folder.mkdir(parents=True, exist_ok=True)
+
+    def ours():
+        weights.touch()  # newer than what is there, so that all is written again
+        translate_cyclegan.write(run, generator, source, weights)
+
+    def bare(images=bare_images(run, source)):  # noqa: B008
+        with torch.no_grad(), run.autocast():
+            for image in images:
+                generator(image)
+
+    return alternate(run.device, steps, ours, bare)
+
+
+def bare_images(run, source):
+    return [torch.from_numpy(source.image(i)[: len(source.image(i)) // 4 * 4]).permute(2, 0, 1)[None].to(run.device) / 255
+            for i in range(len(source))]  # fmt: skip
+
+
+def measure_teacher(cfg, steps):
+    run = Run(cfg, "warmup", "warmup")
+    student = run.place(load_segmenter(warmed_up(cfg), cfg)[0])
+    teacher, times = make_teacher(student), []
+    for _ in range(steps + 2):
+        started = now(run.device)
+        ema_update(teacher, student, 0.99)
+        times.append(now(run.device) - started)
+    return {"seconds": statistics.median(times[2:])}
+
+
+MEASURES = {part: globals()[f"measure_{part}"] for part in PARTS}
+
+if __name__ == "__main__":
+    command(main)
