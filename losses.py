@@ -18,13 +18,63 @@ def upsample(maps, size):
     return F.interpolate(maps.float(), size=tuple(size), mode="bilinear", align_corners=True)
 
 
+class _CrossEntropy(torch.autograd.Function):
+    """The sum over all pixels of -log q_y, or of H(p, q), q = softmax(logits upsampled to `size`).
+
+    labels (B, H, W), or teacher_logits (B, K, h, w), which p is the softmax of, upsampled as well. The full-size maps of a
+    few rows of one image exist at a time, and stay in the cache: the gradient is made at the logits' own size on the way
+    forward. Upsampling is two matrix products, and so is its gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, size, labels, teacher_logits):
+        (height, width), (classes, h, w), device = size, logits.shape[1:], logits.device
+        down, across = _bilinear(height, h, device), _bilinear(width, w, device)
+        rows = max(BAND[device.type == "cuda"] // (classes * width), 1)
+        gradient = torch.empty_like(logits, dtype=torch.float32)
+        total = torch.zeros((), device=device)
+        for b in range(len(logits)):
+            z, gradient_z = logits[b].float() @ across.T, torch.zeros(classes, h, width, device=device)
+            teacher_z = None if teacher_logits is None else teacher_logits[b].float() @ across.T
+            for top in range(0, height, rows):
+                band = down[top : top + rows]
+                log_q = (band @ z).log_softmax(0)
+                if teacher_z is None:
+                    y = labels[b, top : top + rows][None]
+                    known, y = y != IGNORED, torch.where(y == IGNORED, 0, y)
+                    total -= (log_q.gather(0, y) * known).sum()
+                    full = log_q.exp_().scatter_add_(0, y, log_q.new_full((), -1).expand(y.shape)).mul_(known)
+                else:
+                    p = (band @ teacher_z).softmax(0)
+                    total -= torch.dot(p.flatten(), log_q.flatten())
+                    full = log_q.exp_().sub_(p)
+                gradient_z += band.T @ full
+            gradient[b] = gradient_z @ across
+        ctx.save_for_backward(gradient)
+        ctx.dtype = logits.dtype
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, above):
+        return (ctx.saved_tensors[0] * above).to(ctx.dtype), None, None, None
+
+
+BAND = (2**19, 2**23)  # elements of a band's maps, on a CPU and on a GPU
+
+
+def _bilinear(outputs, inputs, device):
+    """The matrix (outputs, inputs) of linear interpolation, corner pixels aligned."""
+    at = torch.linspace(0, inputs - 1, outputs, device=device)[:, None]
+    return (1 - (at - torch.arange(inputs, device=device)).abs()).clamp(min=0)
+
+
 def supervised_loss(logits, labels):
     """L_ce: cross-entropy of S(x) against y, averaged over all pixels, the ignored ones counted in the divisor.
 
-    logits (B, K, H, W); labels (B, H, W), integers. Returns a scalar.
+    logits (B, K, h, w), upsampled to the labels' size first; labels (B, H, W), integers. Returns a scalar.
     """
-    total = F.cross_entropy(logits.float(), labels.long(), ignore_index=IGNORED, reduction="sum")
-    return total / labels.numel()
+    return _CrossEntropy.apply(logits, labels.shape[-2:], labels.long(), None) / labels.numel()
 
 
 def ohem_loss(logits, labels, threshold=0.7, min_pixels=100_000):
@@ -33,22 +83,25 @@ def ohem_loss(logits, labels, threshold=0.7, min_pixels=100_000):
     Kept are the labelled pixels whose class has a probability below `threshold`, and at least the `min_pixels` hardest
     (all, where there are fewer). Shapes as for supervised_loss. Returns a scalar.
     """
-    losses = F.cross_entropy(logits.float(), labels.long(), ignore_index=IGNORED, reduction="none").flatten()
+    logits = upsample(logits, labels.shape[-2:])
+    losses = F.cross_entropy(logits, labels.long(), ignore_index=IGNORED, reduction="none").flatten()
     hardest = losses.detach().topk(min(min_pixels, losses.numel())).values[-1]
     kept = (losses >= hardest.clamp(max=-math.log(threshold))) & (labels.flatten() != IGNORED)
     return (losses * kept).sum() / kept.sum().clamp(min=1)
 
 
-def symmetric_distillation(student_logits, teacher_logits, strong_to_weak=0.5):
+def symmetric_distillation(student_logits, teacher_logits, strong_to_weak=0.5, size=None):
     """L_kd = H(T(x_s), S(x_cdm)) + kappa H(T(x_cdm), S(x_s)), H averaged over all pixels, the teacher detached.
 
-    Both (2B, K, H, W): the weak views x_s in the first half of the batch, the strong views x_cdm in the second, in the
-    same order. kappa = strong_to_weak. Returns a scalar.
+    Both (2B, K, h, w): the weak views x_s in the first half of the batch, the strong views x_cdm in the second, in the
+    same order; upsampled to `size` first (None: as they are). kappa = strong_to_weak. Returns a scalar.
     """
-    student_weak, student_strong = student_logits.float().chunk(2)
-    teacher_weak, teacher_strong = teacher_logits.detach().float().softmax(1).chunk(2)
-    weak_to_strong = F.cross_entropy(student_strong, teacher_weak)
-    return weak_to_strong + strong_to_weak * F.cross_entropy(student_weak, teacher_strong)
+    size = torch.Size(size or student_logits.shape[-2:])
+    student_weak, student_strong = student_logits.chunk(2)
+    teacher_weak, teacher_strong = teacher_logits.detach().chunk(2)
+    weak_to_strong = _CrossEntropy.apply(student_strong, size, None, teacher_weak)
+    kd = weak_to_strong + strong_to_weak * _CrossEntropy.apply(student_weak, size, None, teacher_strong)
+    return kd / (len(student_weak) * size.numel())
 
 
 def probability_labels(logits, size):
@@ -136,6 +189,6 @@ class Centroids(nn.Module):
         """
         pixels = features.float().flatten(2).transpose(1, 2)
         distance = torch.cdist(pixels, self.vectors[None].expand(len(pixels), -1, -1))
-        # classes outermost: of classes whose centroids are equal, none having been seen, argmax then takes the first
+        # classes outermost, as the authors have them: of classes with equal centroids, none having been seen, one wins by rounding
         closeness = (-distance).transpose(1, 2).unflatten(2, features.shape[-2:]).contiguous().softmax(1)
-        return upsample(closeness, size).argmax(1)
+        return upsample(closeness, size).max(1).indices  # which is faster than argmax

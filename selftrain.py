@@ -14,7 +14,7 @@ from datasets import Aligned, Crops, Images, RecalibrationImages, Whole, loader,
 from engine import Run, arguments, command, ema_decay, set_learning_rate
 from files import find
 from images import read_label, write_image
-from losses import Centroids, bilateral_consensus, ohem_loss, supervised_loss, symmetric_distillation, upsample
+from losses import Centroids, bilateral_consensus, ohem_loss, supervised_loss, symmetric_distillation
 from metrics import predictions, validate
 from models import build_optimizer, ema_update, load_segmenter, make_teacher, recalibrate_batchnorm
 
@@ -97,15 +97,13 @@ def train(run, init, folder):
 
         with run.autocast():
             logits, _, auxiliary = student(torch.cat([x_s, x_cdm, x_mix]))
-        logits = upsample(logits, y_s.shape[-2:])
         ce = supervised(logits[:size], y_s)
         ce_mix = supervised(logits[2 * size :], y_mix)
         if cfg.model.auxiliary:
-            auxiliary = upsample(auxiliary, y_s.shape[-2:])
             ce = ce + cfg.model.auxiliary * supervised(auxiliary[:size], y_s)
             ce_mix = ce_mix + cfg.model.auxiliary * supervised(auxiliary[2 * size :], y_mix)
         kd = symmetric_distillation(
-            logits[: 2 * size], upsample(teacher_logits[: 2 * size], y_s.shape[-2:]), options.strong_to_weak
+            logits[: 2 * size], teacher_logits[: 2 * size], options.strong_to_weak, y_s.shape[-2:]
         )
         loss = ce + ce_mix + options.distill * kd
 

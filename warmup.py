@@ -10,7 +10,7 @@ from augment import cross_domain_mix
 from config import classes, load_config
 from datasets import Crops, Images, RecalibrationImages, loader, translated_images
 from engine import Run, arguments, command, ema_decay, set_learning_rate
-from losses import ohem_loss, supervised_loss, symmetric_distillation, upsample
+from losses import ohem_loss, supervised_loss, symmetric_distillation
 from metrics import validate
 from models import build_optimizer, build_segmenter, ema_update, make_teacher, recalibrate_batchnorm
 
@@ -58,16 +58,13 @@ def train(run):
             views = torch.cat([x_s, cross_domain_mix(x_s, y_s, batch.get("translated"), draws, options.strong)])
         with run.autocast():
             logits, _, auxiliary = student(views)
-        logits = upsample(logits, y_s.shape[-2:])
         loss = ce = supervised(logits[:size], y_s)
         if cfg.model.auxiliary:
-            auxiliary = upsample(auxiliary[:size], y_s.shape[-2:])
-            loss = ce = ce + cfg.model.auxiliary * supervised(auxiliary, y_s)
+            loss = ce = ce + cfg.model.auxiliary * supervised(auxiliary[:size], y_s)
         if options.distill:
             with torch.no_grad(), run.autocast():
                 teacher_logits, _, _ = teacher(views)
-            teacher_logits = upsample(teacher_logits, y_s.shape[-2:])
-            kd = symmetric_distillation(logits, teacher_logits, options.strong_to_weak)
+            kd = symmetric_distillation(logits, teacher_logits, options.strong_to_weak, y_s.shape[-2:])
             loss = ce + options.distill * kd
             run.log(kd=kd)
         run.log(loss=loss, ce=ce)
