@@ -63,10 +63,11 @@ def gray(images):
 
 def shift_hue(images, turns):
     """Turns the hue of RGB images (B, 3, H, W) in [0, 1] by `turns` (B, 1, 1, 1) full circles, in HSV space."""
-    value, chroma = images.amax(1, keepdim=True), images.amax(1, keepdim=True) - images.amin(1, keepdim=True)
-    red, green, blue = (images / chroma.clamp(min=1e-8)).split(1, 1)
-    top = images.argmax(1, keepdim=True)
-    hue = torch.where(top == 0, green - blue, torch.where(top == 1, 2 + blue - red, 4 + red - green))
+    red, green, blue = images.split(1, 1)
+    value = images.amax(1, keepdim=True)
+    chroma = value - images.amin(1, keepdim=True)
+    lower = torch.where(green == value, 2 * chroma + blue - red, 4 * chroma + red - green)
+    hue = torch.where(red == value, green - blue, lower) / chroma.clamp(min=1e-8)
     sector = (hue + 6 * turns + images.new_tensor([5, 3, 1])[:, None, None]) % 6
     return value - chroma * torch.minimum(sector, 4 - sector).clamp(0, 1)
 

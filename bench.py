@@ -1,12 +1,14 @@
 """Times the stages against what the network alone takes, on made-up images of the configuration's sizes.
 
     python bench.py --cfg config.yaml                                  # on the device of the configuration
-    python bench.py --cfg configs/demo.yaml --steps 30 --parts warmup loader
+    python bench.py --cfg configs/demo.yaml --steps 30 --parts warmup,loader
 
 Both sides of each ratio run in one process, turn by turn; medians are printed, and written to bench.json.
 """
 
 import json
+import multiprocessing
+import re
 import statistics
 import tempfile
 import time
@@ -14,13 +16,14 @@ import time
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import selftrain
 import translate_cyclegan
 import warmup
-from config import classes, load_config
+from config import UserError, checked, classes, load_config
 from datasets import Crops, Images, Whole, translated_images
-from engine import Run, _environment, _memory_gb, arguments, command
+from engine import Run, _environment, _memory_gb, _plain, arguments, command
 from files import write_text
 from images import write_image
 from losses import Centroids
@@ -28,7 +31,7 @@ from metrics import at_scales, predictions
 from models import ema_update, load_segmenter, make_teacher
 from translators import Generator
 
-PARTS = ("warmup", "selftrain", "loader", "evaluate", "pseudo_labels", "translate", "teacher")
+PARTS = "warmup,selftrain,loader,evaluate,pseudo_labels,translate,teacher,precision,classes,memory"
 
 
 class Timed(Run):
@@ -60,13 +63,15 @@ class Timed(Run):
 def main():
     parser = arguments(__doc__)
     parser.add_argument("--steps", type=int, default=10, help="repetitions of each measurement (%(default)s)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
+    parser.add_argument("--parts", default=PARTS, help="what to measure (%(default)s)")
     parser.add_argument("--out", default="bench.json", help="the figures for machines (%(default)s)")
     args = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:
         cfg = load_config(args.cfg, [*args.overrides, *make_files(load_config(args.cfg, args.overrides), folder)])
         figures = {"cfg": args.cfg, **_environment(Run(cfg, "bench", "evaluation").device)}
-        for part in args.parts:
+        for part in args.parts.split(","):
+            if part not in MEASURES:
+                raise UserError(f"--parts {part} must be of {PARTS}")
             figures[part] = MEASURES[part](cfg, args.steps)
             print(f"{part}: " + ", ".join(f"{key} {value:.4g}" for key, value in figures[part].items()), flush=True)
     write_text(args.out, json.dumps(figures, indent=1) + "\n")
@@ -250,7 +255,63 @@ def measure_teacher(cfg, steps):
     return {"seconds": statistics.median(times[2:])}
 
 
-MEASURES = {part: globals()[f"measure_{part}"] for part in PARTS}
+def compare(configs, steps, blocks=3):
+    """Warm-up steps of two configurations, in turns of some steps each."""
+    runs = [Timed(cfg, "warmup", "warmup", steps, lambda *_: lambda: None) for cfg in configs]
+    for _ in range(blocks):
+        for run in runs:
+            run.is_finished(True)
+            warmup.train(run)
+    times = [[t for at, t in enumerate(run.times[0]) if at % (steps + 2) >= 2] for run in runs]
+    ours, theirs = map(statistics.median, times)
+    return {"seconds": ours, "theirs": theirs, "ratio": ours / theirs}
+
+
+def measure_precision(cfg, steps):
+    """The configuration's precision against single precision."""
+    return compare([cfg, checked(cfg, ["precision=fp32"], "bench")], steps)
+
+
+def measure_classes(cfg, steps):
+    """150 classes against 19."""
+    names = [{f"c{k}": [k, k, k] for k in range(n)} for n in (150, 19)]
+    return compare(
+        [checked(dict(cfg, classes=n, evaluation=dict(cfg.evaluation, subsets={})), [], "bench") for n in names], steps
+    )
+
+
+def measure_memory(cfg, steps):
+    """The peak of a process that takes a few warm-up steps, against one whose losses are written the plain way."""
+    peaks = []
+    for plain in (False, True):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            peaks.append(pool.apply(_peak_gb, (_plain(cfg) | {"name": f"plain_{plain}"}, plain)))
+    return {"gb": peaks[0], "plain_gb": peaks[1], "ratio": peaks[0] / peaks[1]}
+
+
+def _peak_gb(tree, plain):
+    def supervised_loss(logits, labels):
+        logits = F.interpolate(logits.float(), labels.shape[-2:], mode="bilinear", align_corners=True)
+        return F.cross_entropy(logits, labels, ignore_index=255, reduction="sum") / labels.numel()
+
+    def symmetric_distillation(student, teacher, strong_to_weak, size):
+        student = F.interpolate(student.float(), size, mode="bilinear", align_corners=True)
+        teacher = F.interpolate(teacher.float(), size, mode="bilinear", align_corners=True).softmax(1)
+        (weak, strong), (weak_p, strong_p) = student.chunk(2), teacher.chunk(2)
+        return F.cross_entropy(strong, weak_p) + strong_to_weak * F.cross_entropy(weak, strong_p)
+
+    if plain:
+        warmup.supervised_loss, warmup.symmetric_distillation = supervised_loss, symmetric_distillation
+    run = Timed(checked(tree, [], "bench"), "warmup", "warmup", 2, lambda *_: lambda: None)
+    run.is_finished(True)
+    warmup.train(run)
+    if run.device.type == "cuda":
+        return _memory_gb(run.device)
+    # of this process alone; what getrusage says begins with the parent's peak
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
+
+
+MEASURES = {part: globals()[f"measure_{part}"] for part in PARTS.split(",")}
 
 if __name__ == "__main__":
     command(main)
