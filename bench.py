@@ -12,6 +12,7 @@ import re
 import statistics
 import tempfile
 import time
+from pathlib import Path
 
 import cv2
 import numpy as np
