@@ -32,7 +32,7 @@ from metrics import at_scales, predictions
 from models import ema_update, load_segmenter, make_teacher
 from translators import Generator
 
-PARTS = "warmup,selftrain,loader,evaluate,pseudo_labels,translate,teacher,precision,classes,memory"
+PARTS = "warmup,selftrain,loader,evaluate,pseudo_labels,translate,teacher,checkpoint,precision,classes,memory"
 
 
 class Timed(Run):
@@ -254,6 +254,20 @@ def measure_teacher(cfg, steps):
         ema_update(teacher, student, 0.99)
         times.append(now(run.device) - started)
     return {"seconds": statistics.median(times[2:])}
+
+
+def measure_checkpoint(cfg, steps):
+    """Writing a checkpoint, and its share of a warm-up at the configuration's save_every."""
+    run, parts = Timed(cfg, "warmup", "warmup", steps, lambda _, state: parts.append(state) or (lambda: None)), []
+    run.is_finished(True)
+    warmup.train(run)
+    times = []
+    for _ in range(3):
+        started = now(run.device)
+        Run.save(run, run.unfinished, 0, parts[0])
+        times.append(now(run.device) - started)
+    between = statistics.median(run.times[0][2:]) * cfg.save_every
+    return {"seconds": statistics.median(times), "share_percent": 100 * statistics.median(times) / between}
 
 
 def compare(configs, steps, blocks=3):

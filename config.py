@@ -219,7 +219,7 @@ SCHEMA = {
 # ---------------------------------------------------------------- loading
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
     """Reads 1e-4 as a number, as YAML 1.2 has it, and refuses a key that stands twice."""
 
     def construct_mapping(self, node, deep=False):
