@@ -136,7 +136,7 @@ class Run:
         )
         self.dtype = _precision(cfg.precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.recent, self.overall = {}, {}
+        self.recent, self.overall, self.began = {}, {}, time.perf_counter()
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
         torch.manual_seed(cfg.seed)
@@ -229,8 +229,8 @@ class Run:
         """Writes the stage's result and removes its unfinished checkpoint."""
         self.save(self.result, steps, state)
         self.unfinished.unlink(missing_ok=True)
-        means = {name: round(above / max(below, 1e-12), 5) for name, (above, below) in self.overall.items()}
-        self.write_log(finished=steps, **means)
+        means = {name: _rounded(above / max(below, 1e-12)) for name, (above, below) in self.overall.items()}
+        self.write_log(finished=steps, **means, seconds=round(time.perf_counter() - self.began, 1))
         print(f"{self.stage}: wrote {self.result}  {_figures(means)}")
 
     # -- the loop
@@ -299,13 +299,17 @@ class Run:
                 f"{self.stage} {step}/{total}  {_figures(figures)}  {rate:.1f} img/s  {left / 60:.1f} min left",
                 flush=True,
             )
-        figures = {name: round(value, 6) for name, value in figures.items()}
+        figures = {name: _rounded(value) for name, value in figures.items()}
         self.write_log(step=step, **figures, images_per_second=round(rate, 2), memory_gb=_memory_gb(self.device))
 
     def write_log(self, **figures):
         """Appends a line to the run's log.jsonl."""
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": self.stage, **figures}) + "\n")
+
+
+def _rounded(value):
+    return float(f"{value:.6g}")
 
 
 def _figures(figures):

@@ -115,6 +115,7 @@ def train(run, init, folder):
             centroids.move(*centroids.class_means(teacher_features[part], teacher_logits[part], labelled, padded=True))
 
         run.log(loss=loss, ce=ce, ce_mix=ce_mix, kd=kd, kept=(y_t != 255).float().mean())
+        run.log(lr=optimizer.param_groups[0]["lr"])
         if options.diagnose:
             known = batch["target"]["truth"] != 255
             run.log(

@@ -102,6 +102,7 @@ def train(run, source):
         run.scaler.update()
         judges_optimizer.zero_grad()
         run.log(loss=loss, adversarial=adversarial, cycle=cycle, identity=identity, edge=edge, judges=judged)
+        run.log(lr=optimizer.param_groups[0]["lr"])
     run.finish(total, {"generator": to_target})
 
 

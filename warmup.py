@@ -67,7 +67,7 @@ def train(run):
             kd = symmetric_distillation(logits, teacher_logits, options.strong_to_weak, y_s.shape[-2:])
             loss = ce + options.distill * kd
             run.log(kd=kd)
-        run.log(loss=loss, ce=ce)
+        run.log(loss=loss, ce=ce, lr=optimizer.param_groups[0]["lr"])
 
         run.scaler.scale(loss).backward()
         run.scaler.step(optimizer)

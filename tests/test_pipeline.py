@@ -119,6 +119,8 @@ def test_all_stages_end_to_end(dataset, run, config, monkeypatch):
             "precision",
             "probability_accuracy",
             "images_per_second",
+            "memory_gb",
+            "lr",
         } <= line.keys()
         assert 0 <= line["kept"] <= 1
     validations = [line for line in log(folder) if "val_miou_student" in line]
