@@ -166,6 +166,8 @@ class Run:
         unfinished checkpoint, is of another configuration or of other inputs; `force` removes both first.
         """
         self._lock()
+        for left in self.folder.glob(f".{self.stage}.*.partial"):  # by a process that was killed while it wrote
+            left.unlink(missing_ok=True)
         self.inputs = {Path(path).name: _digest(path) for path in inputs if Path(path).is_file()}
         for path in (self.result, self.unfinished):
             if force:

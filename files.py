@@ -12,7 +12,7 @@ from config import UserError
 def write_atomically(path, write):
     """Calls write(temporary path), then moves the result to `path`: there is the old file or the complete new one."""
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)

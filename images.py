@@ -82,8 +82,10 @@ def write_image(path, image):
     """Writes uint8 RGB (H, W, 3) or gray (H, W); the extension gives the format."""
 
     def write(temporary):
-        if not cv2.imwrite(str(temporary), np.ascontiguousarray(image[..., ::-1] if image.ndim == 3 else image)):
+        done, data = cv2.imencode(Path(path).suffix, image[..., ::-1] if image.ndim == 3 else image)
+        if not done:
             raise OSError("OpenCV failed")
+        temporary.write_bytes(data.tobytes())
 
     write_atomically(path, write)
 

@@ -96,6 +96,7 @@ def test_killed_at_random_moments_a_stage_ends_as_if_undisturbed(dataset, run, s
             code, _, err = finish(process)
             assert code == 0, err
             break
+    assert not list((dataset / "runs/killed").glob(f".{result}.*"))
     assert equal(networks(dataset / f"runs/test/{result}.pth"), networks(dataset / f"runs/killed/{result}.pth"))
     if script == "translate_cyclegan":
         for path in (dataset / "runs/test/translated").iterdir():
