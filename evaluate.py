@@ -5,7 +5,7 @@
     python evaluate.py --cfg config.yaml --weights warmup.pth --weights selftrain.pth evaluation.scales=[1.0,0.5]
     python evaluate.py --weights runs/NAME/selftrain.pth --images FOLDER --out DIR
 
-Scores go to results.json in the run's folder; predictions/, overlays/ and comparison.png beside it, or into DIR.
+Scores go to results.json in the run's folder, or beside a checkpoint given without --cfg; predictions/, overlays/ and comparison.png beside it, or into DIR.
 """
 
 import json
@@ -41,7 +41,9 @@ def main():
     args = parser.parse_intermixed_args()
     saved = {} if args.cfg or not args.weights else load_tensors(args.weights[0])
     if "config" in saved:
-        cfg = checked(saved["config"], args.overrides, args.weights[0])
+        folder = Path(args.weights[0]).resolve().parent  # a checkpoint does not say where to write
+        place = {"output": str(folder.parent), "name": folder.name}
+        cfg = checked(saved["config"] | place, args.overrides, args.weights[0])
     else:
         cfg = load_config(args.cfg or "config.yaml", args.overrides)
     run = Run(cfg, "evaluate", "evaluation")

@@ -298,13 +298,20 @@ def test_without_labels_to_score_with_the_target_is_pictured(dataset, run):
 
 
 def test_evaluation_takes_the_configuration_from_the_checkpoint(dataset, run, monkeypatch, capsys):
+    """But not where to write: that is beside it."""
     import engine
     import evaluate
 
     ok(run("warmup", "warmup.crdomix=false"))
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--weights", str(dataset / "runs/test/warmup.pth")])
+    saved = state(dataset / "runs/test/warmup.pth")
+    saved["config"] |= {"output": str(dataset / "elsewhere"), "name": "other"}
+    (dataset / "moved").mkdir()
+    torch.save(saved, dataset / "moved/warmup.pth")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--weights", str(dataset / "moved/warmup.pth")])
     engine.command(evaluate.main)
     assert "| warmup |" in capsys.readouterr().out
+    assert (dataset / "moved/results.json").exists()
+    assert not (dataset / "elsewhere").exists()
 
 
 @pytest.mark.parametrize(
