@@ -1,6 +1,7 @@
 """What every stage shares and is no method: commands, run folder, precision, schedules, checkpoints, log, progress."""
 
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -49,6 +50,16 @@ class Stopped(BaseException):
 _locks = {}  # of the folders that this process trains in
 
 
+def _unlock(folder, file):
+    """Closes the lock; a folder in which nothing came of it goes too."""
+    file.close()
+    if [path.name for path in folder.iterdir()] == [".lock"]:
+        (folder / ".lock").unlink()
+        with contextlib.suppress(OSError):  # other runs may be in it
+            folder.rmdir()
+            folder.parent.rmdir()
+
+
 class _Signals:
     in_loop, received = False, None
 
@@ -76,7 +87,7 @@ def command(main):
     finally:
         _Signals.in_loop, _Signals.received = False, None
         while _locks:
-            _locks.popitem()[1].close()
+            _unlock(*_locks.popitem())
         if loaders := multiprocessing.active_children():  # of a stage that ended before its data did
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for loader in loaders:
