@@ -211,6 +211,7 @@ SCHEMA = {
         "pictures": integer(0),
     },
     "log_every": integer(1),
+    "pictures_every": integer(1),
     "save_every": integer(1),
     "val_every": integer(0),
 }

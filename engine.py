@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from config import NAME, UserError
 from files import load_tensors, write_atomically, write_text
+from images import paint, resize, write_image
 
 # keys that may differ between a checkpoint and the command that goes on with it; of the stages' own sections
 # (translation, warmup, selftrain) only the stage's own counts
@@ -38,6 +39,7 @@ FREE_KEYS = {
     "val",
     "evaluation",
     "log_every",
+    "pictures_every",
     "save_every",
     "val_every",
 }
@@ -231,6 +233,7 @@ class Run:
         for name, part in state.items():
             part.load_state_dict(saved[name])
         self.overall = saved["overall"]
+        self.began -= saved["seconds"]
         return saved["step"]
 
     def save(self, path, step, state, **more):
@@ -243,8 +246,12 @@ class Run:
         self.save(self.result, steps, state)
         self.unfinished.unlink(missing_ok=True)
         means = {name: _rounded(above / max(below, 1e-12)) for name, (above, below) in self.overall.items()}
-        self.write_log(finished=steps, **means, seconds=round(time.perf_counter() - self.began, 1))
+        self.write_log(finished=steps, **means, seconds=self.seconds())
         print(f"{self.stage}: wrote {self.result}  {_figures(means)}")
+
+    def seconds(self):
+        """What the stage has taken so far, in this process and in those that it goes on from."""
+        return round(time.perf_counter() - self.began, 1)
 
     # -- the loop
 
@@ -264,6 +271,7 @@ class Run:
                 torch.manual_seed(
                     int(np.random.SeedSequence([self.cfg.seed, *self.stage.encode(), step]).generate_state(1)[0])
                 )
+                self.shows = step + 1 if (step + 1) % self.cfg.pictures_every == 0 or step + 1 == total else None
                 yield step, self.fetch(batch)
                 self.bar.update(images)
                 self.done += 1
@@ -272,7 +280,7 @@ class Run:
                 if (step + 1) % self.cfg.log_every == 0 or saves or step + 1 == total:
                     self._flush(step + 1, total, images)
                 if saves:
-                    self.save(self.unfinished, step + 1, state, overall=self.overall)
+                    self.save(self.unfinished, step + 1, state, overall=self.overall, seconds=self.seconds())
                 if stop:
                     raise Stopped(stop)
         _Signals.in_loop = False
@@ -285,6 +293,21 @@ class Run:
             total = self.recent.setdefault(name, [0, 0])
             total[0] += above.detach() if isinstance(above, torch.Tensor) else above
             total[1] += below
+
+    def show(self, **pictures):
+        """The first of each batch of pictures, into TensorBoard and samples/STAGE/NAME.png; to be called if `shows`.
+
+        A picture: images (B, 3, H, W) in [0, 1], label maps (B, h, w), or None: left out.
+        """
+        pictures = {name: batch[0].cpu() for name, batch in pictures.items() if batch is not None}
+        size = next(picture.shape[1:] for picture in pictures.values() if picture.dim() == 3)
+        for name, picture in pictures.items():
+            if picture.dim() == 3:
+                picture = picture.float().mul(255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+            else:
+                picture = paint(resize(picture.byte().numpy(), size, labels=True), self.cfg)
+            self.writer.add_image(f"{self.stage}/{name}", picture, self.shows, dataformats="HWC")
+            write_image(self.folder / "samples" / self.stage / f"{name}.png", picture)
 
     def _flush(self, step, total, images):
         names = list(self.recent)

@@ -149,20 +149,29 @@ def table(results, names):
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def compare(out, whole, stages, cfg, rows=4):
-    """comparison.png: a few images, what each model makes of them, and their labels if there are any."""
+def gallery(out, whole, stages, cfg, rows=4):
+    """Yields, for a few images, [(title, picture), ...]: the image, what each model made of it, its label if there is one."""
     folders = [out / "predictions" / stage for stage in stages]
     names = [Path(name).with_suffix(".png") for name in whole.images.names]
     shown = [i for i, name in enumerate(names) if all((folder / name).exists() for folder in folders)]
     shown = [shown[j] for j in np.linspace(0, len(shown) - 1, min(rows, len(shown)), dtype=int)]
-    titles, lines, width = ["image", *stages, *["label"] * whole.images.labelled], [], None
     for i in shown:
-        tiles = [whole.images.image(i), *(read_image(folder / names[i]) for folder in folders)]
-        if whole.images.labelled:
-            tiles.append(paint(whole.images.label(i), cfg))
-        width = width or round(tiles[0].shape[1] * 144 / tiles[0].shape[0])
-        tiles = [np.pad(resize(tile, (144, width)), ((0, 4), (0, 4), (0, 0)), constant_values=255) for tile in tiles]
-        lines.append(np.hstack(tiles))
+        made = [(stage, read_image(folder / names[i])) for stage, folder in zip(stages, folders, strict=True)]
+        truth = [("label", paint(whole.images.label(i), cfg))] if whole.images.labelled else []
+        yield [("image", whole.images.image(i)), *made, *truth]
+
+
+def compare(out, whole, stages, cfg):
+    """comparison.png: the gallery as one picture."""
+    titles, lines, width = [], [], None
+    for tiles in gallery(out, whole, stages, cfg):
+        titles, pictures = zip(*tiles, strict=True)
+        width = width or round(pictures[0].shape[1] * 144 / pictures[0].shape[0])
+        lines.append(
+            np.hstack(
+                [np.pad(resize(x, (144, width)), ((0, 4), (0, 4), (0, 0)), constant_values=255) for x in pictures]
+            )
+        )
     if lines:
         head = np.full((18, lines[0].shape[1], 3), 255, np.uint8)
         for k, title in enumerate(titles):

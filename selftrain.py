@@ -71,7 +71,7 @@ def train(run, init, folder):
         if options.centroids == "crdomix":
             centroids_of_source(run, student, source, beside, centroids)
         student.train()
-        run.save(run.unfinished, first, state, overall={})
+        run.save(run.unfinished, first, state, overall={}, seconds=run.seconds())
     labels = Aligned(folder, target.names, read_label, "give --force to make the pseudo-labels anew")
     target_crops = Crops(cfg, run.stage, "target", target, options.batch, total, pseudo=labels, **truth)
 
@@ -122,6 +122,9 @@ def train(run, init, folder):
                 precision=((known & (y_t == batch["target"]["truth"])).sum(), (known & (y_t != 255)).sum()),
                 probability_accuracy=((known & (y_p == batch["target"]["truth"])).sum(), known.sum()),
             )
+        if run.shows:
+            run.show(target_image=x_t, probability_labels=y_p, feature_labels=y_f, pseudo_labels=y_t,
+                     mixed_image=x_mix, mixed_labels=y_mix, truth=batch["target"].get("truth"))  # fmt: skip
         if cfg.val_every and (step + 1) % cfg.val_every == 0:
             validate(run, step + 1, val, recalibration, student, teacher)
 

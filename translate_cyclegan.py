@@ -103,6 +103,8 @@ def train(run, source):
         judges_optimizer.zero_grad()
         run.log(loss=loss, adversarial=adversarial, cycle=cycle, identity=identity, edge=edge, judges=judged)
         run.log(lr=optimizer.param_groups[0]["lr"])
+        if run.shows:
+            run.show(source_image=source, translated=fake_target, back_again=cycled_source, target_image=target)
     run.finish(total, {"generator": to_target})
 
 
