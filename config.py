@@ -207,6 +207,7 @@ SCHEMA = {
     ),
     "evaluation": {
         "scales": sequence(number(0.05, 4), 1),
+        "tile": sequence(("a multiple of 128", lambda v: type(v) is int and v in range(128, 65537, 128)), 2, 2),
         "subsets": mapping(NAME, sequence(TEXT, 1), low=0),
         "pictures": integer(0),
     },
