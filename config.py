@@ -116,7 +116,7 @@ BATCH = sequence(integer(0, 4096), 1)
 
 def _dataset(**sizes):
     return {
-        "layout": choice("gta5", "synthia", "cityscapes", "bdd100k", "folder"),
+        "layout": choice("gta5", "synthia", "cityscapes", "bdd100k", "folder", "flat"),
         "root": TEXT,
         "split": either(TEXT, NULL),
         "ids": either(

@@ -1,6 +1,7 @@
-"""What one sample is: dataset layouts, label values, scaling, cropping. As a command, the check of all files.
+"""What one sample is: dataset layouts, label values, scaling, cropping. As a command, a first configuration, and the check of all files.
 
-python datasets.py --check --cfg config.yaml
+python datasets.py --init FOLDER_WITH_LABELS FOLDER_WITHOUT --out my.yaml
+python datasets.py --check --cfg my.yaml
 """
 
 import functools
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from augment import DRAWS
 from config import Config, UserError, classes, label_values, load_config
 from engine import arguments, command
-from images import paint, read_image, read_label, resize, write_image
+from images import legend, paint, read_image, read_label, resize, write_image
 
 IGNORED, NO_CLASS = 255, 254
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
@@ -30,6 +31,7 @@ LAYOUTS = {
     "cityscapes": ("leftImg8bit/{split}", ["gtFine/{split}"], "_leftImg8bit", "_gtFine_labelIds"),
     "bdd100k": ("images/{split}", ["labels/{split}", "gtFine/{split}"], "", "_train_id"),
     "folder": ("{split}/images", ["{split}/labels"], "", ""),
+    "flat": ("{split}", ["{split}/../labels"], "", ""),
 }
 
 
@@ -350,8 +352,18 @@ class RecalibrationImages:
 
 def main():
     parser = arguments(__doc__)
-    parser.add_argument("--check", action="store_true", required=True, help="read every file; show what is there")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--check", action="store_true", help="read every file; show what is there")
+    task.add_argument(
+        "--init", nargs=2, metavar="FOLDER", help="write a configuration for a labelled and another folder"
+    )
+    parser.add_argument("--out", default="my.yaml", metavar="FILE", help="what --init writes (default: %(default)s)")
     args = parser.parse_intermixed_args()
+    if args.init:
+        from own_data import write_config  # which needs this file
+
+        write_config(*map(Path, args.init), Path(args.out))
+        return
     cfg = load_config(args.cfg, args.overrides)
     labelled = {"source": True, "target": cfg.selftrain.diagnose or cfg.warmup.labels_from == "target"}
     labelled |= {"val": True} if cfg.val.root else {}
@@ -383,6 +395,8 @@ def check(cfg, domain, images, shown=12):
     tiles = [resize(tile, tiles[0].shape[:2]) for tile in tiles]
     tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % 3)
     sheet = np.vstack([np.hstack(tiles[at : at + 3]) for at in range(0, len(tiles), 3)])
+    if images.labelled:
+        sheet = np.vstack([sheet, legend(cfg, sheet.shape[1])])
     path = Path(cfg.output) / cfg.name / f"contact_sheet_{domain}.png"
     write_image(path, sheet)
     print(f"  contact sheet: {path}")

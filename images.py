@@ -117,6 +117,18 @@ def resize(array, size, labels=False):
     return cv2.resize(array, (int(size[1]), int(size[0])), interpolation=method)
 
 
+def legend(cfg, width, cell=150):
+    """The classes' colours with their names, (H, width, 3)."""
+    across = max(width // cell, 1)
+    names = [*classes(cfg).items(), ("ignored", (0, 0, 0))]
+    picture = np.full((24 * -(-len(names) // across), width, 3), 255, np.uint8)
+    for k, (name, colour) in enumerate(names):
+        x, y = k % across * cell + 4, k // across * 24 + 4
+        cv2.rectangle(picture, (x, y), (x + 16, y + 16), [int(part) for part in colour], cv2.FILLED)
+        cv2.putText(picture, name, (x + 22, y + 13), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
+    return picture
+
+
 def paint(label, cfg):
     """A label map (H, W) in the classes' colours, (H, W, 3); 255 is black."""
     palette = np.zeros((256, 3), np.uint8)

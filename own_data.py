@@ -1,0 +1,187 @@
+"""A first configuration for somebody's own folders: python datasets.py --init FOLDER_WITH_LABELS FOLDER_WITHOUT --out my.yaml"""
+
+import colorsys
+import os
+from pathlib import Path
+
+import jinja2
+import numpy as np
+import torch
+
+from config import UserError, load_config
+from datasets import LAYOUTS, list_images
+from files import write_text
+from images import read_image, read_label
+
+SAMPLED = 200  # files that are looked into
+LARGEST = 1052 * 1914  # pixels of an image in training: GTA5's
+
+TEMPLATE = """\
+# Written from the files in {{ source.root }} and {{ target.root }}. Go through it once, then
+#   python datasets.py --check --cfg {{ path }}     # and look at the contact sheets: do labels and images fit?
+#   bash run_all.sh {{ path }}
+base: {{ base }}     # explains these keys and all others
+name: {{ path.stem }}     # results go to runs/{{ path.stem }}
+stages: [source_only, translate, warmup, selftrain]
+
+{% if known %}
+classes: cityscapes
+{% else %}
+# The classes of your labels: give each its name, here and in ids below. The check's contact sheet shows which is which.
+classes:
+{% for value in values if value != 255 %}
+  class_{{ value }}: {{ colours[value] | tojson }}
+{% endfor %}
+{% endif %}
+
+source:     # {{ source.images | length }} images, {{ source.labels | length }} of them with labels
+  layout: {{ source.layout }}
+  root: {{ source.root | string | tojson }}
+  split: {{ source.split | tojson }}
+{% if known %}
+  ids: {{ known }}
+{% else %}
+  # Which label value is which class. What is no class (void, unlabelled, the own car) gets null here, and no line above;
+  # several values may share a name.
+  ids: &ids
+{% for value in values %}
+    {{ value }}: {{ "null" if value == 255 else "class_%s" | format(value) }}     # {{ "%.2f" | format(100 * shares[value]) }}% of the pixels
+{% endfor %}
+{% endif %}
+  sizes: {{ sizes.source | tojson }}     # [height, width] that images are scaled to in training: low and full
+
+target:     # {{ target.images | length }} images{{ ", whose labels are not used" if target.labels else "" }}
+  layout: {{ target.layout }}
+  root: {{ target.root | string | tojson }}
+  split: {{ target.split | tojson }}
+  ids: {{ ids }}
+  sizes: {{ sizes.target | tojson }}
+
+{% if val %}
+val:     # {{ val.images | length }} labelled images that no stage trains on: what results.json is about
+  layout: {{ val.layout }}
+  root: {{ val.root | string | tojson }}
+  split: {{ val.split | tojson }}
+  ids: {{ ids }}
+  size: {{ sizes.target[1] | tojson }}
+{% else %}
+# No labelled images of the target were found to score with. If there are some, name them here as under source.
+val: {root: null, size: {{ sizes.target[1] | tojson }}}
+{% endif %}
+
+crop: {{ crop | tojson }}     # of both, in training
+{% if gpu %}
+translation: {crop: {{ translation_crop | tojson }}, steps: 50000}
+warmup: {steps: 20000}     # the paper takes 80000, for 25000 images
+selftrain: {steps: 20000}     # in each round
+{% else %}
+
+# No GPU was found: a small network and few steps; an hour or so on two cores. With a GPU, strike the lines below but for crop.
+translation: {crop: {{ translation_crop | tojson }}, steps: 1200, batch: [0, 1], filters: 24, blocks: 4}
+model: {network: mobilenet_v2, output_stride: 16, channels: 128, weights: imagenet}     # downloaded once; or a file
+optimizer: {name: adamw, lr_backbone: 3e-4, lr_head: 1e-3, weight_decay: 0.01}
+ema_limit: 0.99
+bn_images: 120
+warmup: {steps: 1000, batch: [2, 2]}
+selftrain: {steps: 250, batch: [2, 2]}     # in each round
+pictures_every: 250
+save_every: 100
+{% endif %}
+"""
+
+
+def write_config(source, target, path):
+    """Writes a commented configuration for two folders, one with labels, as far as their files tell; prints what was found.
+
+    Raises UserError where images or labels are not found, or `path` is there already.
+    """
+    if path.exists():
+        raise UserError(f"{path}: is there already; remove it, or give another name with --out")
+    source = max(find(source), key=lambda x: (x["split"] == "train", len(x["labels"])))
+    if not source["labels"]:
+        raise UserError(
+            f"{source['folder']}: holds images, but no label has a name like one of theirs; see docs/own_data.md"
+        )
+    splits = find(target)
+    target = max(splits, key=lambda x: (x["split"] == "train", x["split"] is None, len(x["images"]) - len(x["labels"])))
+    labelled = [x for x in splits if x["labels"] and x is not target]
+    val = max(labelled, key=lambda x: (x["split"] == "val", len(x["labels"])), default=None)
+    found = {"source": source, "target": target, "val": val}
+    for name, x in found.items():
+        print(
+            f"{name}: "
+            + (
+                f"{len(x['images'])} images, {len(x['labels'])} labels, in {x['folder']}"
+                if x
+                else "nothing with labels"
+            )
+        )
+
+    shares, colours = label_values([*source["labels"], *(val["labels"] if val else [])])
+    known = source["layout"] if source["layout"] in ("cityscapes", "synthia") else None
+    print("label values: " + ", ".join(f"{value} ({share:.1%})" for value, share in shares.items()))
+    sizes = {name: training_sizes(found[name]["images"]) for name in ("source", "target")}
+    smallest = np.minimum(sizes["source"][0], sizes["target"][0])
+    text = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined).from_string(TEMPLATE).render(
+        **found, path=path, base=os.path.relpath(Path(__file__).parent / "config.yaml", path.parent), known=known,
+        ids=known or "*ids", values=list(shares), shares=shares, colours=colours, sizes=sizes, gpu=torch.cuda.is_available(),
+        crop=(smallest * 5 // 6 // 16 * 16).tolist(), translation_crop=(smallest // 2 // 4 * 4).tolist(),
+    )  # fmt: skip
+    write_text(path, text)
+    load_config(path)
+    print(f"{path}: written; go through it, then python datasets.py --check --cfg {path}")
+
+
+def find(root):
+    """The layouts and splits under a folder that have images: dicts of layout, root, split, folder, images, labels (paths).
+
+    Those with labels, if there are any; a bare folder of images if there is nothing else. Raises UserError without images.
+    """
+    found = []
+    for layout, (image_folder, label_folders, image_end, label_end) in LAYOUTS.items():
+        head, split_in_name, _ = image_folder.partition("{split}")
+        splits = [None]
+        if split_in_name and (root / head).is_dir():
+            splits += sorted(path.name for path in (root / head).iterdir() if path.is_dir())
+        for split in splits if layout != "gta5" else []:  # which is folder without a split
+            folder = root / image_folder.format(split=split or ".")
+            images = {name.rpartition(".")[0]: folder / name for name in list_images(folder)}
+            images = {stem.removesuffix(image_end): path for stem, path in images.items() if stem.endswith(image_end)}
+            folders = [root / label.format(split=split or ".") for label in label_folders]
+            labels = {name.rpartition(".")[0]: path / name for path in folders for name in list_images(path)}
+            labels = [labels[stem + label_end] for stem in images if stem + label_end in labels]
+            found.append({"layout": layout, "root": root, "split": split, "folder": folder,
+                          "images": list(images.values()), "labels": labels})  # fmt: skip
+    found = [x for x in found if x["images"]]
+    if not found:
+        raise UserError(f"{root}: no images were found; see docs/own_data.md for the layouts")
+    first = max(found, key=lambda x: (len(x["labels"]), x["layout"] != "flat"))["layout"]
+    return [x for x in found if x["layout"] == first]
+
+
+def label_values(paths):
+    """The values in label files: value -> share of the pixels, in order; and value -> colour, the palette's if there is one."""
+    pixels, colours = np.zeros(65536, np.int64), {}
+    for path in paths[:: -(-len(paths) // SAMPLED)]:
+        values, painted = read_label(path, red_only="LABELS" in path.parts), read_image(path)
+        pixels += np.bincount(values.ravel(), minlength=65536)
+        for value in np.unique(values).tolist():
+            if value not in colours:
+                colours[value] = painted[values == value][0].tolist()
+    if not 2 <= len(colours) <= 255:
+        raise UserError(
+            f"{paths[0]}: such labels hold {len(colours)} values; a label holds the number of a class in every pixel"
+        )
+    if all(len(set(colour)) == 1 for colour in colours.values()):  # gray
+        colours = {
+            value: [round(255 * part) for part in colorsys.hsv_to_rgb(0.618 * k % 1, 0.5 + 0.5 * (k % 2), 0.9)]
+            for k, value in enumerate(sorted(colours))
+        }
+    return {value: pixels[value] / pixels.sum() for value in sorted(colours)}, colours
+
+
+def training_sizes(paths):
+    """The [height, width] to train at, low and full: of the images' median size, scaled down to LARGEST pixels if larger."""
+    size = np.median([read_image(path).shape[:2] for path in paths[:: -(-len(paths) // SAMPLED)]], axis=0)
+    size = size * min(1, (LARGEST / size.prod()) ** 0.5)
+    return [(size * scale).astype(int).tolist() for scale in (0.8, 1)]
