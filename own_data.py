@@ -23,6 +23,7 @@ TEMPLATE = """\
 base: {{ base }}     # explains these keys and all others
 name: {{ path.stem }}     # results go to runs/{{ path.stem }}
 stages: [source_only, translate, warmup, selftrain]
+workers: {{ workers }}     # processes that load images
 
 {% if known %}
 classes: cityscapes
@@ -124,8 +125,8 @@ def write_config(source, target, path):
     smallest = np.minimum(sizes["source"][0], sizes["target"][0])
     text = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined).from_string(TEMPLATE).render(
         **found, path=path, base=os.path.relpath(Path(__file__).parent / "config.yaml", path.parent), known=known,
-        ids=known or "*ids", values=list(shares), shares=shares, colours=colours, sizes=sizes, gpu=torch.cuda.is_available(),
-        crop=(smallest * 5 // 6 // 16 * 16).tolist(), translation_crop=(smallest // 2 // 4 * 4).tolist(),
+        ids=known or "*ids", values=list(shares), shares=shares, colours=colours, sizes=sizes, gpu=torch.cuda.is_available(), workers=min(os.cpu_count(), 8),
+        crop=(smallest * 5 // 6 // 16 * 16).tolist(), translation_crop=np.maximum(smallest // 2 // 4 * 4, 32).tolist(),
     )  # fmt: skip
     write_text(path, text)
     load_config(path)
@@ -173,8 +174,9 @@ def label_values(paths):
             f"{paths[0]}: such labels hold {len(colours)} values; a label holds the number of a class in every pixel"
         )
     if all(len(set(colour)) == 1 for colour in colours.values()):  # gray
+        tones = ((1, 0.9), (0.45, 0.95), (1, 0.5))
         colours = {
-            value: [round(255 * part) for part in colorsys.hsv_to_rgb(0.618 * k % 1, 0.5 + 0.5 * (k % 2), 0.9)]
+            value: [round(255 * part) for part in colorsys.hsv_to_rgb(0.618 * k % 1, *tones[k % 3])]
             for k, value in enumerate(sorted(colours))
         }
     return {value: pixels[value] / pixels.sum() for value in sorted(colours)}, colours
