@@ -21,6 +21,7 @@ from files import find, load_tensors, write_text
 from images import paint, read_image, resize, write_image
 from metrics import ConfusionMatrix, predictions
 from models import load_segmenter
+from processes import rank, wait
 
 STAGES = ("source_only", "warmup", "selftrain_round1", "selftrain", "oracle")  # the table's order; others follow
 
@@ -72,8 +73,12 @@ def main():
                 "weights": "best_on_val" if path.stem.endswith("_best_on_val") else "last",
                 "step": saved.get("step"),
             }
-            record(run.folder / "results.json", stage, scores)
+            if rank() == 0:
+                record(run.folder / "results.json", stage, scores)
 
+    wait()  # for the pictures
+    if rank() > 0:
+        return
     stages = [path.stem for path in paths]
     if any(whole.images.labelled for whole in datasets.values()):
         results = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))

@@ -10,6 +10,7 @@ from datasets import Whole, loader
 from files import load_tensors
 from losses import probability_labels
 from models import recalibrate_batchnorm
+from processes import total
 
 
 class ConfusionMatrix:
@@ -27,9 +28,10 @@ class ConfusionMatrix:
     def scores(self, names, subsets=None):
         """Percentages: miou, pixel_accuracy, iou by class name, and miou_KEY for each subset, KEY -> class names.
 
-        A class in neither labels nor predictions has no IoU (None) and does not count, as in cityscapesscripts.
+        A class in neither labels nor predictions has no IoU (None) and does not count, as in cityscapesscripts. Of many
+        processes, each has counted its images; the scores are of all.
         """
-        counts = self.counts.double().cpu()
+        counts = total(self.counts).double().cpu()
         hits = counts.diag()
         union = counts.sum(0) + counts.sum(1) - hits
         iou = {n: 100 * (h / u).item() if u else None for n, h, u in zip(names, hits, union, strict=True)}
@@ -53,7 +55,7 @@ def at_scales(model, images, scales):
 
 @torch.no_grad()
 def predictions(run, model, whole, scales):
-    """Yields, for each sample of a datasets.Whole, it, the prediction (H, W) at the file's size, int64, and the network's
+    """Yields, for each sample of a datasets.Whole that falls to this process, it, the prediction (H, W) at the file's size, int64, and the network's
     outputs at each of the scales, both on the device."""
     model.eval()
     for sample in loader(run, whole):
