@@ -18,7 +18,9 @@ def join():
     """Joins the processes that torchrun started, if it did. From then on only the first writes to stdout."""
     global _store, _alone
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        _store, number, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store, number, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        # torchrun's store still holds the addresses of the processes that it has restarted since
+        _store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=_store, rank=number, world_size=count, timeout=TIMEOUT)
         _alone = dist.new_group([number], use_local_synchronization=True)
