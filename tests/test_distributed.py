@@ -41,6 +41,7 @@ def process(number, count, port, out, work, *arguments):
         os.dup2(os.open(f"{out}.{number}.{stream}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of the loaders, as in a command's own process
     work(*arguments)
 
 
