@@ -208,10 +208,12 @@ SCHEMA = {
     ),
     "evaluation": {
         "scales": sequence(number(0.05, 4), 1),
+        "tile": sequence(("a multiple of 128", lambda v: type(v) is int and v in range(128, 65537, 128)), 2, 2),
         "subsets": mapping(NAME, sequence(TEXT, 1), low=0),
         "pictures": integer(0),
     },
     "log_every": integer(1),
+    "pictures_every": integer(1),
     "save_every": integer(1),
     "val_every": integer(0),
 }

@@ -51,6 +51,38 @@ class Folder:
         return read_image(self.folder / self.names[i])
 
 
+class Video:
+    """The frames of a video file, in the order in which they are asked for quickly; rate: frames per second; size: (H, W).
+
+    Raises UserError for a file that OpenCV cannot play.
+    """
+
+    labelled = False
+
+    def __init__(self, path):
+        self.path, count, self.capture = Path(path), 0, cv2.VideoCapture(str(path))
+        self.rate = self.capture.get(cv2.CAP_PROP_FPS) or 25
+        while self.capture.grab():  # the count in the file's head is an estimate
+            count += 1
+        if not count:
+            raise UserError(f"{path}: no folder of images, and no video that OpenCV plays")
+        self.names = [f"{self.path.stem}_{i:06d}.png" for i in range(count)]
+        self.next, self.capture = count, None  # a capture does not survive the way into a loader's process
+        self.size = self.image(0).shape[:2]
+        self.next, self.capture = count, None
+
+    def __len__(self):
+        return len(self.names)
+
+    def image(self, i):
+        if i < self.next:
+            self.next, self.capture = 0, cv2.VideoCapture(str(self.path))
+        while self.next < i:
+            self.next += self.capture.grab()
+        self.next += 1
+        return np.ascontiguousarray(self.capture.read()[1][..., ::-1])
+
+
 class Images(Folder):
     """The images of a dataset and, if `labelled`, their label maps. domain: source, target, val or more_val.NAME.
 

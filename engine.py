@@ -29,6 +29,7 @@ from tqdm import tqdm
 import processes
 from config import NAME, UserError
 from files import load_tensors, write_atomically, write_text
+from images import paint, resize, write_image
 from processes import rank, world
 
 # keys that may differ between a checkpoint and the command that goes on with it; of the stages' own sections
@@ -43,6 +44,7 @@ FREE_KEYS = {
     "val",
     "evaluation",
     "log_every",
+    "pictures_every",
     "save_every",
     "val_every",
 }
@@ -294,6 +296,7 @@ class Run:
         for name, part in state.items():
             part.load_state_dict(saved[name])
         self.overall = saved["overall"]
+        self.began -= saved["seconds"]
         return saved["step"]
 
     def save(self, path, step, state, **more):
@@ -310,8 +313,12 @@ class Run:
         if rank() == 0:
             self.unfinished.unlink(missing_ok=True)
         means = {name: _rounded(above / max(below, 1e-12)) for name, (above, below) in self.overall.items()}
-        self.write_log(finished=steps, **means, seconds=round(time.perf_counter() - self.began, 1))
+        self.write_log(finished=steps, **means, seconds=self.seconds())
         print(f"{self.stage}: wrote {self.result}  {_figures(means)}")
+
+    def seconds(self):
+        """What the stage has taken so far, in this process and in those that it goes on from."""
+        return round(time.perf_counter() - self.began, 1)
 
     # -- the loop
 
@@ -330,6 +337,8 @@ class Run:
             total=total * images, initial=first * images, unit="img", desc=self.stage, dynamic_ncols=True
         ) as self.bar:
             for step in range(first, total):
+                shows = rank() == 0 and ((step + 1) % self.cfg.pictures_every == 0 or step + 1 == total)
+                self.shows = step + 1 if shows else None
                 self._seed(step, 0)
                 yield step, self._parts(step, batches)
                 self.bar.update(images)
@@ -339,7 +348,7 @@ class Run:
                 if (step + 1) % self.cfg.log_every == 0 or saves or step + 1 == total:
                     self._flush(step + 1, total, images)
                 if saves:
-                    self.save(self.unfinished, step + 1, state, overall=self.overall)
+                    self.save(self.unfinished, step + 1, state, overall=self.overall, seconds=self.seconds())
                 if stop:
                     processes.wait()  # for the checkpoint: torchrun stops all as soon as one has ended
                     raise Stopped(stop)
@@ -367,6 +376,21 @@ class Run:
             total = self.recent.setdefault(name, [0, 0])
             total[0] += above.detach() if isinstance(above, torch.Tensor) else above
             total[1] += below
+
+    def show(self, **pictures):
+        """The first of each batch of pictures, into TensorBoard and samples/STAGE/NAME.png; to be called if `shows`.
+
+        A picture: images (B, 3, H, W) in [0, 1], label maps (B, h, w), or None: left out.
+        """
+        pictures = {name: batch[0].cpu() for name, batch in pictures.items() if batch is not None}
+        size = next(picture.shape[1:] for picture in pictures.values() if picture.dim() == 3)
+        for name, picture in pictures.items():
+            if picture.dim() == 3:
+                picture = picture.float().mul(255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+            else:
+                picture = paint(resize(picture.byte().numpy(), size, labels=True), self.cfg)
+            self.writer.add_image(f"{self.stage}/{name}", picture, self.shows, dataformats="HWC")
+            write_image(self.folder / "samples" / self.stage / f"{name}.png", picture)
 
     def _flush(self, step, total, images):
         names = list(self.recent)

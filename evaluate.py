@@ -3,7 +3,8 @@
     python evaluate.py --cfg config.yaml                              # every stage of the run that is finished
     python evaluate.py --weights runs/NAME/selftrain.pth              # with the configuration that it was trained with
     python evaluate.py --cfg config.yaml --weights warmup.pth --weights selftrain.pth evaluation.scales=[1.0,0.5]
-    python evaluate.py --weights runs/NAME/selftrain.pth --images FOLDER --out DIR
+    python evaluate.py --weights runs/NAME/selftrain.pth --images FOLDER_OR_VIDEO --out DIR
+    python evaluate.py --weights runs/NAME/selftrain.pth --export model.onnx
 
 Scores go to results.json in the run's folder, or beside a checkpoint given without --cfg; predictions/, overlays/ and comparison.png beside it, or into DIR.
 """
@@ -13,12 +14,14 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
 
 from config import UserError, checked, classes, label_values, load_config
-from datasets import Folder, Images, Whole
+from datasets import Folder, Images, Video, Whole
 from engine import Run, arguments, command
-from files import find, load_tensors, write_text
-from images import paint, read_image, resize, write_image
+from files import find, load_tensors, write_atomically, write_text
+from images import paint, read_image, resize, video_writer, write_image
+from losses import upsample
 from metrics import ConfusionMatrix, predictions
 from models import load_segmenter
 from processes import rank, wait
@@ -34,11 +37,12 @@ def main():
         metavar="FILE",
         help="a checkpoint, or its name in runs/NAME; may be given several times (default: all in runs/NAME)",
     )
-    parser.add_argument("--images", metavar="FOLDER", help="segment these images instead")
+    parser.add_argument("--images", metavar="PATH", help="segment this folder of images, or this video, instead")
     parser.add_argument("--out", metavar="DIR", help="where the pictures go (default: the run's folder)")
     parser.add_argument(
         "--ids", action="store_true", help="write label values as PNGs too: what the Cityscapes server takes"
     )
+    parser.add_argument("--export", metavar="FILE", help="write the network as ONNX instead, with its class names")
     args = parser.parse_intermixed_args()
     saved = {} if args.cfg or not args.weights else load_tensors(args.weights[0])
     if "config" in saved:
@@ -49,6 +53,11 @@ def main():
         cfg = load_config(args.cfg or "config.yaml", args.overrides)
     run = Run(cfg, "evaluate", "evaluation")
     paths = [find(path, cfg) for path in args.weights or finished(run.folder)]
+    if args.export:
+        if len(paths) > 1:
+            raise UserError(f"--export {args.export}: one network goes into a file; choose it with --weights")
+        export(load_segmenter(paths[0], cfg)[0], cfg, args.export)
+        return
     datasets = what_to_segment(cfg, args.images)
     first = next(iter(datasets))
     out = Path(args.out) if args.out else run.folder
@@ -58,9 +67,12 @@ def main():
         teacher, _ = load_segmenter(path, cfg, "teacher")
         for key, whole in datasets.items():
             stage = path.stem if key == first else f"{path.stem}_on_{key}"
+            if isinstance(whole.images, Video):
+                film(run, student, whole, out / f"{whole.images.path.stem}_{stage}.mp4")
+                continue
             pictures = len(whole) if args.images or args.ids else cfg.evaluation.pictures
             pictured = np.unique(np.linspace(0, len(whole) - 1, pictures, dtype=int))
-            scores = segment(run, student, whole, out, stage, pictured, args.ids)
+            scores = segment(run, student, whole, out, stage, pictured, args.ids or args.images)
             if not whole.images.labelled:
                 print(f"{path}: pictures of {len(pictured)} images are in {out}")
                 continue
@@ -85,7 +97,8 @@ def main():
         print(table(results, list(classes(cfg))))
         if first == "val":
             stages = [stage for stage, entry in results.items() if entry["dataset"] == "val"]
-    compare(out, datasets[first], stages, cfg)
+    if not isinstance(datasets[first].images, Video):
+        compare(out, datasets[first], stages, cfg)
 
 
 def finished(folder):
@@ -99,9 +112,9 @@ def finished(folder):
 
 
 def what_to_segment(cfg, folder=None):
-    """A datasets.Whole by name: a folder's images or, without one, val (the target where val.root is null) and more_val."""
+    """A datasets.Whole by name: a folder's or video's images or, without one, val (the target where val.root is null) and more_val."""
     if folder:
-        return {"images": Whole(Folder(folder), cfg.val.size)}
+        return {"images": Whole(Video(folder) if Path(folder).is_file() else Folder(folder), cfg.val.size)}
     if cfg.val.root:
         datasets = {"val": Whole(Images(cfg, "val", labelled=True), cfg.val.size)}
     else:
@@ -113,22 +126,74 @@ def what_to_segment(cfg, folder=None):
 def segment(run, model, whole, out, name, pictured=(), ids=False):
     """The scores of a model on labelled images, {} on others; writes pictures of the numbers in `pictured`."""
     cfg, matrix = run.cfg, ConfusionMatrix(len(classes(run.cfg)), run.device)
-    for sample, prediction, _ in predictions(run, run.place(model), whole, cfg.evaluation.scales):
+    for sample, prediction, _ in predictions(run, run.place(model), whole, cfg.evaluation.scales, cfg.evaluation.tile):
         if "label" in sample:
             matrix.update(run.fetch(sample["label"]), prediction)
         if sample["index"] in pictured:
             prediction = prediction.cpu().numpy().astype(np.uint8)
             picture = Path(whole.images.names[sample["index"]]).with_suffix(".png")
-            coloured = paint(prediction, cfg)
-            image = resize(sample["image"].numpy(), sample["shape"])
-            write_image(out / "predictions" / name / picture, coloured)
-            write_image(out / "overlays" / name / picture, cv2.addWeighted(image, 0.5, coloured, 0.5, 0))
+            write_image(out / "predictions" / name / picture, paint(prediction, cfg))
+            write_image(out / "overlays" / name / picture, overlay(sample, prediction, cfg))
             if ids:
                 value = {k: v for v, k in sorted(label_values(cfg.val.ids, classes(cfg)).items(), reverse=True)}
                 lookup = np.array([value.get(k, 0) for k in range(256)], np.uint16)
                 values = lookup[prediction]
                 write_image(out / "ids" / name / picture, values.astype(np.uint8) if values.max() < 256 else values)
     return matrix.scores(classes(cfg), cfg.evaluation.subsets) if whole.images.labelled else {}
+
+
+def overlay(sample, prediction, cfg):
+    """The prediction (H, W), uint8, painted over the sample's image, at its file's size."""
+    image = resize(sample["image"].numpy(), sample["shape"])
+    return cv2.addWeighted(image, 0.5, paint(prediction, cfg), 0.5, 0)
+
+
+def film(run, model, whole, path):
+    """The overlays of a video's frames as a video."""
+    cfg, video = run.cfg, whole.images
+    with video_writer(path, video.rate, video.size) as append:
+        for sample, prediction, _ in predictions(
+            run, run.place(model), whole, cfg.evaluation.scales, cfg.evaluation.tile
+        ):
+            append(overlay(sample, prediction.cpu().numpy().astype(np.uint8), cfg))
+    print(f"{path}: {len(video)} frames, {video.rate:g} a second")
+
+
+def export(model, cfg, path):
+    """An ONNX file: image (1, 3, H, W), RGB in [0, 1], of any size -> logits (1, K, H, W); class names and colours as metadata."""
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"--export {path} needs `pip install onnx onnxscript onnxruntime`") from error
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.segmenter = model
+
+        def forward(self, image):
+            return upsample(self.segmenter(image)[0], image.shape[-2:])
+
+    size = cfg.val.size or cfg.crop
+    sides = {2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
+    network = Network().eval()
+    program = torch.onnx.export(network, (torch.zeros(1, 3, *size),), dynamo=True, verbose=False,
+        input_names=["image"], output_names=["logits"], dynamic_shapes=[sides])  # fmt: skip
+    for key, value in (("classes", list(classes(cfg))), ("colours", list(classes(cfg).values())), ("size", size)):
+        program.model.metadata_props[key] = json.dumps(value)
+    written = program.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(written, providers=["CPUExecutionProvider"])
+    for image in (torch.rand(1, 3, *size), torch.rand(1, 3, *(side * 3 // 4 + 5 for side in size))):
+        with torch.no_grad():
+            difference = np.abs(session.run(None, {"image": image.numpy()})[0] - network(image).numpy()).max()
+        if not difference < 1e-3:
+            raise UserError(
+                f"--export {path}: at {list(image.shape[2:])}, ONNX's logits are {difference:.2g} off; this network has a layer "
+                "that cannot be written for images of any size"
+            )
+    write_atomically(path, lambda temporary: temporary.write_bytes(written))
+    print(f"{path}: image (1, 3, height, width), RGB in [0, 1] -> logits (1, {len(classes(cfg))}, height, width)")
 
 
 def record(path, stage, entry):
@@ -154,20 +219,29 @@ def table(results, names):
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def compare(out, whole, stages, cfg, rows=4):
-    """comparison.png: a few images, what each model makes of them, and their labels if there are any."""
+def gallery(out, whole, stages, cfg, rows=4):
+    """Yields, for a few images, [(title, picture), ...]: the image, what each model made of it, its label if there is one."""
     folders = [out / "predictions" / stage for stage in stages]
     names = [Path(name).with_suffix(".png") for name in whole.images.names]
     shown = [i for i, name in enumerate(names) if all((folder / name).exists() for folder in folders)]
     shown = [shown[j] for j in np.linspace(0, len(shown) - 1, min(rows, len(shown)), dtype=int)]
-    titles, lines, width = ["image", *stages, *["label"] * whole.images.labelled], [], None
     for i in shown:
-        tiles = [whole.images.image(i), *(read_image(folder / names[i]) for folder in folders)]
-        if whole.images.labelled:
-            tiles.append(paint(whole.images.label(i), cfg))
-        width = width or round(tiles[0].shape[1] * 144 / tiles[0].shape[0])
-        tiles = [np.pad(resize(tile, (144, width)), ((0, 4), (0, 4), (0, 0)), constant_values=255) for tile in tiles]
-        lines.append(np.hstack(tiles))
+        made = [(stage, read_image(folder / names[i])) for stage, folder in zip(stages, folders, strict=True)]
+        truth = [("label", paint(whole.images.label(i), cfg))] if whole.images.labelled else []
+        yield [("image", whole.images.image(i)), *made, *truth]
+
+
+def compare(out, whole, stages, cfg):
+    """comparison.png: the gallery as one picture."""
+    titles, lines, width = [], [], None
+    for tiles in gallery(out, whole, stages, cfg):
+        titles, pictures = zip(*tiles, strict=True)
+        width = width or round(pictures[0].shape[1] * 144 / pictures[0].shape[0])
+        lines.append(
+            np.hstack(
+                [np.pad(resize(x, (144, width)), ((0, 4), (0, 4), (0, 0)), constant_values=255) for x in pictures]
+            )
+        )
     if lines:
         head = np.full((18, lines[0].shape[1], 3), 255, np.uint8)
         for k, title in enumerate(titles):

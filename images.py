@@ -3,6 +3,7 @@
 Images are RGB uint8 (H, W, 3); label maps are uint8 (H, W), classes 0 ... K-1 and 255 where a pixel is ignored.
 """
 
+import contextlib
 import struct
 import zlib
 from pathlib import Path
@@ -88,6 +89,23 @@ def write_image(path, image):
         temporary.write_bytes(data.tobytes())
 
     write_atomically(path, write)
+
+
+@contextlib.contextmanager
+def video_writer(path, rate, size):
+    """A function that appends an RGB frame (H, W, 3) of `size` (H, W) to an MP4 file, which appears when it is complete."""
+    temporary = Path(path).with_name(f".{Path(path).stem}.partial.mp4")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), rate, (size[1], size[0]))
+    if not writer.isOpened():
+        raise UserError(f"{path}: cannot be written; is there place, and OpenCV's video support?")
+    try:
+        yield lambda frame: writer.write(frame[..., ::-1])
+        writer.release()
+        temporary.replace(path)
+    finally:
+        writer.release()
+        temporary.unlink(missing_ok=True)
 
 
 def resize(array, size, labels=False):

@@ -1,12 +1,16 @@
 """Intersection over union, a model's predictions at several scales, and validation while training."""
 
 import copy
+import functools
+import math
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from config import classes
 from datasets import Whole, loader
+from engine import progress
 from files import load_tensors
 from losses import probability_labels
 from models import recalibrate_batchnorm
@@ -53,14 +57,81 @@ def at_scales(model, images, scales):
     return outputs
 
 
+def tiled(model, images, tile):
+    """The logits (1, K, h, w) of an image (1, 3, H, W), in a tuple; of one that is larger than `tile`, tile by tile.
+
+    tile: (H, W), multiples of 128, whose quarters every network's strides divide; a portrait has them swapped. Tiles overlap
+    by half, and each place is taken from the one in which it is farthest from the border. Group norms and global pooling
+    take their statistics from the whole image, as they do without tiles: each sweep over all tiles makes those of one more
+    layer right, and models.Head has three in a row.
+    """
+    height, width = images.shape[-2:]
+    rows, columns = _tiles(height, tile[height > width]), _tiles(width, tile[height <= width])
+    if len(rows) == len(columns) == 1:
+        return model(images)
+    layers = [
+        m for m in model.modules() if isinstance(m, nn.GroupNorm) or getattr(m, "output_size", None) in (1, (1, 1))
+    ]
+    here, sums, known = None, {}, {}
+
+    def kept(maps):
+        stride = 2 ** round(math.log2((here[1][1] - here[1][0]) / maps.shape[-1]))
+        rows, columns = (slice(first // stride, end and end // stride) for *_, first, end in here)
+        return maps[..., rows, columns]
+
+    def of_the_whole_image(layer, inputs, _):
+        x = inputs[0].float()
+        groups = getattr(layer, "num_groups", x.shape[1])
+        part = kept(x).reshape(groups, -1)
+        moments = torch.stack([torch.full_like(part[:, 0], part.shape[1]), part.sum(1), part.square().sum(1)])
+        sums[layer] = sums.get(layer, 0) + moments
+        count, total, squares = known.get(layer, sums[layer])
+        mean = total / count
+        if not isinstance(layer, nn.GroupNorm):
+            return mean.view(1, -1, 1, 1)
+        deviation = (squares / count - mean**2 + layer.eps).sqrt()
+        x = ((x.view(groups, -1) - mean[:, None]) / deviation[:, None]).view_as(x)
+        return x * layer.weight[:, None, None] + layer.bias[:, None, None]
+
+    hooks = [layer.register_forward_hook(of_the_whole_image) for layer in layers]
+    for _ in range(4 if layers else 1):
+        sums, lines = {}, []
+        for row in rows:
+            lines.append([])
+            for column in columns:
+                here = (row, column)
+                (top, bottom, *_), (left, right, *_) = here
+                lines[-1].append(kept(model(images[..., top:bottom, left:right])[0]))
+        known = sums
+    for hook in hooks:
+        hook.remove()
+    return (torch.cat([torch.cat(line, -1) for line in lines], -2),)
+
+
+def _tiles(side, tile):
+    """Tiles along a side: (first, end, first and end of what is kept of it)."""
+    count = max(math.ceil(2 * side / tile) - 1, 1)
+    half, quarter = tile // 2, tile // 4
+    return [
+        (
+            k * half,
+            k * half + tile if k + 1 < count else side,
+            quarter * (k > 0),
+            3 * quarter if k + 1 < count else None,
+        )
+        for k in range(count)
+    ]
+
+
 @torch.no_grad()
-def predictions(run, model, whole, scales):
+def predictions(run, model, whole, scales, tile=None):
     """Yields, for each sample of a datasets.Whole that falls to this process, it, the prediction (H, W) at the file's size, int64, and the network's
     outputs at each of the scales, both on the device."""
+    network = functools.partial(tiled, model, tile=tile) if tile else model
     model.eval()
-    for sample in loader(run, whole):
+    for sample in progress(loader(run, whole), desc="predictions", unit="img", leave=False):
         with run.autocast():
-            outputs = at_scales(model, run.fetch(sample["image"])[None], scales)
+            outputs = at_scales(network, run.fetch(sample["image"])[None], scales)
         yield sample, probability_labels([logits for logits, *_ in outputs], sample["shape"])[0], outputs
 
 

@@ -36,8 +36,8 @@ class Segmenter(nn.Module):
         self.channels = next(m.in_channels for m in classifier.modules() if isinstance(m, nn.Conv2d))
 
     def forward(self, images):
-        size = [max(round(side / self.divisor), 1) * self.divisor for side in images.shape[-2:]]
-        if list(images.shape[-2:]) != size:
+        if self.divisor > 1:
+            size = [max((side + self.divisor // 2) // self.divisor, 1) * self.divisor for side in images.shape[-2:]]
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
         maps = self.backbone((images - self.mean) / self.std)
         maps = maps if isinstance(maps, tuple) else (maps,)  # what the head takes

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All stages of a configuration, then their evaluation:  bash run_all.sh [CONFIG] [key.sub=value ...]
+# All stages of a configuration, then their evaluation and report:  bash run_all.sh [CONFIG] [key.sub=value ...]
 # Stages that are finished are not run again; one that was interrupted goes on where it was.
 # NPROC=N bash run_all.sh ... runs each stage in N processes, a GPU each if there are any.
 set -euo pipefail
@@ -8,8 +8,10 @@ cd "$(dirname "$0")"
 
 config="config.yaml"
 if [ $# -gt 0 ] && [[ "$1" != *=* ]]; then config="$1"; shift; fi
-stages=$(python -c 'import sys; from config import load_config; from engine import command
-command(lambda: print(*load_config(sys.argv[1], sys.argv[2:]).stages))' "$config" "$@")
+plan=$(python -c 'import sys; from config import load_config; from engine import command
+def plan(cfg): print(cfg.output, cfg.name, sep="/"); print(*cfg.stages)
+command(lambda: plan(load_config(sys.argv[1], sys.argv[2:])))' "$config" "$@")
+{ IFS= read -r folder; read -r stages; } <<< "$plan"
 
 run=python
 if [ "${NPROC:-1}" -gt 1 ]; then
@@ -33,3 +35,4 @@ done
 
 echo "== evaluate"
 $run evaluate.py --cfg "$config" "$@"
+python report.py "$folder"

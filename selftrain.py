@@ -76,7 +76,7 @@ def train(run, init, folder):
         for means, found in in_order(class_means):
             centroids.accumulate(means.to(run.device), found)
         student.train()
-        run.save(run.unfinished, first, state, overall={})
+        run.save(run.unfinished, first, state, overall={}, seconds=run.seconds())
     labels = Aligned(folder, target.names, read_label, "give --force to make the pseudo-labels anew")
     target_crops = Crops(cfg, run.stage, "target", target, options.batch, total, pseudo=labels, **truth)
 
@@ -116,9 +116,9 @@ def train(run, init, folder):
             loss = ce + ce_mix + options.distill * kd
 
             run.scaler.scale(loss / cfg.accumulate).backward()
-            x_cdm, x_t = slice(size, 2 * size), slice(2 * size, None)
-            target_means += [centroids.class_means(teacher_features[x_t], teacher_logits[x_t], y_t, padded=True)]
-            source_means += [centroids.class_means(teacher_features[x_cdm], teacher_logits[x_cdm], y_s, padded=True)]
+            of_t, of_cdm = slice(2 * size, None), slice(size, 2 * size)
+            target_means += [centroids.class_means(teacher_features[of_t], teacher_logits[of_t], y_t, padded=True)]
+            source_means += [centroids.class_means(teacher_features[of_cdm], teacher_logits[of_cdm], y_s, padded=True)]
 
             run.log(loss=loss, ce=ce, ce_mix=ce_mix, kd=kd, kept=(y_t != 255).float().mean())
             run.log(lr=optimizer.param_groups[0]["lr"])
@@ -134,6 +134,9 @@ def train(run, init, folder):
         optimizer.zero_grad()
         for means, found in target_means + source_means:
             centroids.move(gathered(means), gathered(found))
+        if run.shows:
+            run.show(target_image=x_t, probability_labels=y_p, feature_labels=y_f, pseudo_labels=y_t,
+                     mixed_image=x_mix, mixed_labels=y_mix, truth=batch["target"].get("truth"))  # fmt: skip
         if cfg.val_every and (step + 1) % cfg.val_every == 0:
             validate(run, step + 1, val, recalibration, student, teacher)
 

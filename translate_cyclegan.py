@@ -110,6 +110,8 @@ def train(run, source):
         run.scaler.update()
         optimizer.zero_grad()
         judges_optimizer.zero_grad()
+        if run.shows:
+            run.show(source_image=source, translated=fake_target, back_again=cycled_source, target_image=target)
     run.finish(total, {"generator": state["generator"]})
 
 

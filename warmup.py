@@ -76,6 +76,9 @@ def train(run):
         run.scaler.step(optimizer)
         run.scaler.update()
         optimizer.zero_grad()
+        if run.shows:
+            run.show(source_image=x_s, source_labels=y_s, translated=batch.get("translated"),
+                     strong_view=views[size:] if options.distill else None, prediction=logits.argmax(1))  # fmt: skip
         if cfg.val_every and (step + 1) % cfg.val_every == 0:
             validate(run, step + 1, val, recalibration, student, teacher)
 

@@ -99,7 +99,7 @@ def run(dataset, monkeypatch, capsys):
     def call(script, *arguments):
         import engine
 
-        cfg = [] if "--cfg" in arguments else ["--cfg", str(dataset / "test.yaml")]
+        cfg = [] if script == "report" or "--cfg" in arguments else ["--cfg", str(dataset / "test.yaml")]
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *cfg, *map(str, arguments)])
         capsys.readouterr()
         code = 0

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import CLASSES, IDS, ROOT, SIZE, picture, save
+from torch import nn
 
 import losses
 import make_demo_data
+import metrics
 import models
 import translators
 from images import read_image, read_label
@@ -277,11 +279,88 @@ def test_a_folder_of_images_without_labels(dataset, run):
     save(dataset / "photos/a.jpg", picture(7, (60, 90))[0])
     save(dataset / "photos/trip/b.png", picture(8, (90, 60))[0])
     weights = dataset / "runs/test/warmup.pth"
-    ok(run("evaluate", "--weights", weights, "--images", dataset / "photos", "--out", dataset / "out", "--ids"))
+    ok(run("evaluate", "--weights", weights, "--images", dataset / "photos", "--out", dataset / "out"))
     for kind in ("predictions", "overlays", "ids"):
         assert cv2.imread(str(dataset / f"out/{kind}/warmup/a.png"), -1).shape[:2] == (60, 90)
         assert cv2.imread(str(dataset / f"out/{kind}/warmup/trip/b.png"), -1).shape[:2] == (90, 60)
     assert not (dataset / "runs/test/results.json").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_video_comes_back_with_every_frame(dataset, run, workers):
+    ok(run("warmup", "warmup.crdomix=false"))
+    film = cv2.VideoWriter(str(dataset / "drive.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 12, (96, 64))
+    for i in range(7):
+        film.write(picture(i, (64, 96))[0][..., ::-1])
+    film.release()
+    weights, out = dataset / "runs/test/warmup.pth", dataset / "out"
+    given = ("--weights", weights, "--out", out, f"workers={workers}")
+    ok(run("evaluate", *given, "--images", dataset / "drive.avi"))
+    assert [path.name for path in out.iterdir()] == ["drive_warmup.mp4"]
+    back, frames = cv2.VideoCapture(str(out / "drive_warmup.mp4")), []
+    assert back.get(cv2.CAP_PROP_FPS) == 12
+    while (frame := back.read())[0]:
+        frames.append(frame[1][..., ::-1].astype(int))
+    assert len(frames) == 7
+
+    # the frames as images give the overlays that the video holds, as far as its compression lets one see
+    source = cv2.VideoCapture(str(dataset / "drive.avi"))
+    for i in range(7):
+        save(dataset / f"frames/{i}.png", source.read()[1][..., ::-1])
+    ok(run("evaluate", *given, "--images", dataset / "frames"))
+    overlays = [read_image(out / f"overlays/warmup/{i}.png").astype(int) for i in range(7)]
+    away = [[np.abs(frame - overlay).mean() for overlay in overlays] for frame in frames]
+    assert np.argmin(away, axis=1).tolist() == list(range(7)) and np.diag(away).max() < 8
+
+    (dataset / "none.mp4").write_bytes(b"no video")
+    code, _, err = run("evaluate", *given, "--images", dataset / "none.mp4")
+    assert (code, "no video" in err, err.count("\n")) == (2, True, 1)
+
+
+def test_an_exported_network_gives_the_same_logits_at_any_size(dataset, run, config):
+    import onnxruntime
+
+    ok(run("warmup", "warmup.crdomix=false"))
+    ok(run("evaluate", "--weights", "warmup.pth", "--export", dataset / "model.onnx"))
+    session = onnxruntime.InferenceSession(dataset / "model.onnx")
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["classes"]) == list(CLASSES)
+    assert json.loads(metadata["colours"]) == list(CLASSES.values())
+    student = models.load_segmenter(dataset / "runs/test/warmup.pth", config())[0].eval()
+    for size in (SIZE, (75, 101)):
+        image = torch.from_numpy(picture(3, size)[0]).permute(2, 0, 1)[None] / 255
+        (logits,) = session.run(None, {"image": image.numpy()})
+        with torch.no_grad():
+            expected = losses.upsample(student(image)[0], size).numpy()
+        assert np.abs(logits - expected).max() < 1e-3
+        assert (logits.argmax(1) == expected.argmax(1)).mean() > 0.999
+
+
+def test_tiles_give_what_the_whole_image_gives(dataset, run):
+    """To rounding, where the network sees no farther than the overlap; its statistics are of the whole image."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), models.Head(8, 32, dilations=(1, 2))]
+    model = nn.Sequential(*layers, nn.Conv2d(32, 3, 3, stride=2, padding=1)).eval()
+    for module in model.modules():
+        if isinstance(module, nn.GroupNorm):
+            nn.init.normal_(module.weight)
+    image = torch.rand(1, 3, 290, 330) * torch.linspace(0, 2, 330)
+    network = lambda x: (model(x),)  # noqa: E731
+    network.modules = model.modules
+    with torch.no_grad():
+        (whole,) = network(image)
+        (tiles,) = metrics.tiled(network, image, (128, 256))
+        (portrait,) = metrics.tiled(network, image.transpose(2, 3), (128, 256))
+        assert torch.equal(metrics.tiled(network, image, (384, 384))[0], whole)
+        torch.testing.assert_close(portrait, network(image.transpose(2, 3))[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(tiles, whole, rtol=1e-4, atol=1e-4)
+    assert not any(module._forward_hooks for module in model.modules())
+
+    save(dataset / "photos/a.jpg", picture(7, (140, 210))[0])
+    ok(run("warmup", "warmup.crdomix=false"))
+    given = ("--weights", "warmup.pth", "--images", dataset / "photos", "--out", dataset / "out", "val.size=null")
+    ok(run("evaluate", *given, "evaluation.tile=[128, 128]"))
+    assert read_image(dataset / "out/predictions/warmup/a.png").shape == (140, 210, 3)
 
 
 def test_without_labels_to_score_with_the_target_is_pictured(dataset, run):
