@@ -116,9 +116,9 @@ def train(run, init, folder):
             loss = ce + ce_mix + options.distill * kd
 
             run.scaler.scale(loss / cfg.accumulate).backward()
-            x_cdm, x_t = slice(size, 2 * size), slice(2 * size, None)
-            target_means += [centroids.class_means(teacher_features[x_t], teacher_logits[x_t], y_t, padded=True)]
-            source_means += [centroids.class_means(teacher_features[x_cdm], teacher_logits[x_cdm], y_s, padded=True)]
+            of_t, of_cdm = slice(2 * size, None), slice(size, 2 * size)
+            target_means += [centroids.class_means(teacher_features[of_t], teacher_logits[of_t], y_t, padded=True)]
+            source_means += [centroids.class_means(teacher_features[of_cdm], teacher_logits[of_cdm], y_s, padded=True)]
 
             run.log(loss=loss, ce=ce, ce_mix=ce_mix, kd=kd, kept=(y_t != 255).float().mean())
             run.log(lr=optimizer.param_groups[0]["lr"])
