@@ -103,6 +103,7 @@ def command(main):
     try:
         processes.join()
         main()
+        processes.leave()
     except UserError as error:
         # raised in a loader's process, it comes wrapped in that process's traceback, whose last line is ours
         end(2, str(error).strip().splitlines()[-1].removeprefix("config.UserError: "))

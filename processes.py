@@ -28,6 +28,12 @@ def join():
             sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
 
 
+def leave():
+    """Ends the group, once all that it was for is done."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 

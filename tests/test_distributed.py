@@ -204,6 +204,7 @@ def counts(path, weights, folder):
     for sample, prediction, _ in predictions(run, copy.deepcopy(model), Whole(Images(cfg, "source", True)), [1.0]):
         matrix.update(sample["label"], prediction)
         seen.append(sample["index"])
+    order = [int(index) for (index,) in processes.in_order((torch.tensor(i),) for i in seen)]
     images = torch.rand(3, 2, 3, 32, 40, generator=torch.Generator().manual_seed(0))
 
     class Batches:
@@ -214,7 +215,7 @@ def counts(path, weights, folder):
             return iter(images[processes.rank() :: processes.world()])
 
     models.recalibrate_batchnorm(model, Batches())
-    torch.save({"counts": processes.total(matrix.counts), "seen": seen, "statistics": dict(model.named_buffers())},
+    torch.save({"counts": processes.total(matrix.counts), "seen": seen, "order": order, "statistics": dict(model.named_buffers())},
                f"{folder}/{processes.world()}_{processes.rank()}.pth")  # fmt: skip
 
 
@@ -229,6 +230,7 @@ def test_evaluation_and_statistics_where_the_images_cannot_be_divided(stages, da
         alone = alone or found[0]
         assert sorted(i for part in found for i in part["seen"]) == list(range(6))
         for part in found:
+            assert part["order"] == list(range(6))
             assert torch.equal(part["counts"], alone["counts"])
             assert_close(part["statistics"], alone["statistics"])
     assert alone["counts"].sum() > 0
