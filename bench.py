@@ -51,7 +51,7 @@ class Timed(Run):
                 if side:
                     bare()
                 else:
-                    yield step, batch
+                    yield step, [batch]
                 times.append(now(self.device) - started)
 
     def save(self, *_, **__):
@@ -217,7 +217,7 @@ def measure_pseudo_labels(cfg, steps):
     target = Images(cfg, "target", labelled=False)
     centroids = Centroids(len(classes(cfg)), model.channels).to(run.device)
     folder = run.folder / "pseudo_labels"
-    return alternate(run.device, steps, lambda: selftrain.label_target(run, model, target, centroids, folder),
+    return alternate(run.device, steps, lambda: list(selftrain.label_target(run, model, target, centroids, folder)),
                      bare_pass(run, model, Whole(target, cfg.target.sizes[-1]), selftrain.SCALES))  # fmt: skip
 
 

@@ -150,6 +150,7 @@ SCHEMA = {
     "device": choice("auto", "cpu", "cuda"),
     "precision": choice("auto", "bf16", "fp16", "fp32"),
     "workers": integer(0, 256),
+    "accumulate": integer(1, 4096),
     "classes": either(
         choice("cityscapes"), sequence(choice(*CITYSCAPES), 2), mapping(TEXT, sequence(integer(0, 255), 3, 3), low=2)
     ),

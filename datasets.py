@@ -15,12 +15,12 @@ import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, StackDataset
-from tqdm import tqdm
 
 from augment import DRAWS
 from config import Config, UserError, classes, label_values, load_config
-from engine import arguments, command
+from engine import arguments, command, forget_locks, progress
 from images import legend, paint, read_image, read_label, resize, write_image
+from processes import rank, world
 
 IGNORED, NO_CLASS = 255, 254
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
@@ -302,11 +302,15 @@ class Aligned:
 
 
 def loader(run, dataset, first=0, batch_size=None):
-    """A DataLoader over samples `first` ... of `dataset`, in order, read by cfg.workers processes."""
+    """A DataLoader over samples `first` ... of `dataset`, in order, read by cfg.workers processes.
+
+    Of N processes, each takes every N-th batch: nothing is left out, nothing repeated.
+    """
+    samples = np.arange(first, len(dataset))
     return DataLoader(
         dataset,
         batch_size,
-        sampler=range(first, len(dataset)),
+        sampler=samples[(samples - first) // (batch_size or 1) % world() == rank()].tolist(),
         num_workers=run.cfg.workers,
         pin_memory=run.device.type == "cuda",
         worker_init_fn=_set_up_worker,
@@ -315,6 +319,7 @@ def loader(run, dataset, first=0, batch_size=None):
 
 def _set_up_worker(_):
     cv2.setNumThreads(1)
+    forget_locks()
     for number in (
         signal.SIGINT,
         signal.SIGTERM,
@@ -331,16 +336,17 @@ def translated_images(cfg, source):
 class RecalibrationImages:
     """Batches of crops of the domains in cfg.bn_recalibrate, mixed alike in each; cfg.bn_images of each domain in all.
 
-    Iterating yields images (B, 3, H, W) in [0, 1] on the run's device.
+    Iterating yields images (B, 3, H, W) in [0, 1] on the run's device; of N processes, each has every N-th of the batches.
     """
 
     def __init__(self, run, batch):
         cfg, steps = run.cfg, max(run.cfg.bn_images // sum(batch), 1)
         crops = {d: Crops(cfg, "recalibrate", d, Images(cfg, d, False), batch, steps) for d in cfg.bn_recalibrate}
         self.run, self.batches = run, loader(run, StackDataset(**crops), batch_size=sum(batch)) if crops else []
+        self.count = steps if crops else 0
 
     def __len__(self):
-        return len(self.batches)
+        return self.count
 
     def __iter__(self):
         for batch in self.batches:
@@ -373,7 +379,7 @@ def main():
 
 def check(cfg, domain, images, shown=12):
     """Reads every file of Images; prints their number, sizes and class shares, writes a contact sheet to the run's folder."""
-    sizes, pixels, bar = Counter(), np.zeros(256, np.int64), tqdm(total=len(images), desc=domain, disable=None)
+    sizes, pixels, bar = Counter(), np.zeros(256, np.int64), progress(total=len(images), desc=domain)
     with ThreadPoolExecutor() as pool:
         for size, counts in pool.map(functools.partial(_count, images), range(len(images))):
             sizes[size] += 1

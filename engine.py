@@ -21,12 +21,16 @@ import numpy as np
 import torch
 import torchvision
 import yaml
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+import processes
 from config import NAME, UserError
 from files import load_tensors, write_atomically, write_text
 from images import paint, resize, write_image
+from processes import rank, world
 
 # keys that may differ between a checkpoint and the command that goes on with it; of the stages' own sections
 # (translation, warmup, selftrain) only the stage's own counts
@@ -36,6 +40,7 @@ FREE_KEYS = {
     "stages",
     "device",
     "workers",
+    "accumulate",
     "val",
     "evaluation",
     "log_every",
@@ -62,30 +67,52 @@ def _unlock(folder, file):
             folder.parent.rmdir()
 
 
+def forget_locks():
+    """In a loader's process: should it outlive the training that started it, the folder is free all the same."""
+    while _locks:
+        _locks.popitem()[1].close()
+
+
 class _Signals:
     in_loop, received = False, None
 
     @classmethod
     def handle(cls, number, _):
-        if not cls.in_loop or cls.received:
+        # a second one is of an impatient user; among many processes, of torchrun and of a scheduler for the same reason
+        if not cls.in_loop or (cls.received and world() == 1):
             raise Stopped(number)
         cls.received = number
 
 
 def command(main):
-    """Runs a script's main(): a UserError becomes one line on stderr and exit code 2, SIGINT 130 and SIGTERM 143."""
+    """Runs a script's main(): a UserError becomes one line on stderr and exit code 2, SIGINT 130 and SIGTERM 143.
+
+    Of many processes, the first that ends this way writes the line; those that lose it by that end silently, with code 1.
+    """
     script = Path(sys.argv[0]).name
     previous = {number: signal.signal(number, _Signals.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    goes_on = "the same command goes on from the last checkpoint"
+
+    def end(code, reason):
+        for number in previous:  # torchrun stops the others as soon as one has ended
+            signal.signal(number, signal.SIG_IGN)
+        if processes.is_first_to_end():
+            print(f"{script}: {reason}", file=sys.stderr)
+        sys.exit(code)
+
     try:
+        processes.join()
         main()
+        processes.leave()
     except UserError as error:
         # raised in a loader's process, it comes wrapped in that process's traceback, whose last line is ours
-        print(f"{script}: {str(error).strip().splitlines()[-1].removeprefix('config.UserError: ')}", file=sys.stderr)
-        sys.exit(2)
+        end(2, str(error).strip().splitlines()[-1].removeprefix("config.UserError: "))
     except Stopped as stop:
-        name = signal.Signals(stop.args[0]).name
-        print(f"{script}: stopped by {name}; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(128 + stop.args[0])
+        end(128 + stop.args[0], f"stopped by {signal.Signals(stop.args[0]).name}; {goes_on}")
+    except RuntimeError as error:
+        if not processes.is_loss_of_another(error):
+            raise
+        end(1, f"another process of this job has died or cannot be reached; {goes_on}")
     finally:
         _Signals.in_loop, _Signals.received = False, None
         while _locks:
@@ -147,9 +174,15 @@ class Run:
         self.device = torch.device(
             cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         )
+        if self.device.type == "cuda" and world() > 1:
+            local = int(os.environ["LOCAL_RANK"])
+            if local >= torch.cuda.device_count():
+                raise UserError(f"--nproc_per_node is more than the {torch.cuda.device_count()} GPUs of this machine")
+            torch.cuda.set_device(local)
         self.dtype = _precision(cfg.precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.recent, self.overall, self.began = {}, {}, time.perf_counter()
+        self.parts, self.wrapped = world() * cfg.accumulate, []
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
         torch.manual_seed(cfg.seed)
@@ -159,7 +192,34 @@ class Run:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def place(self, module):
+        if self.device.type == "cuda" and world() > 1:
+            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
         return module.to(self.device, memory_format=torch.channels_last)
+
+    def parallel(self, network):
+        """The network for the forward passes of the steps, which averages its gradients over all processes.
+
+        Other passes, and checkpoints, take the network itself.
+        """
+        if world() == 1:
+            return network
+        # some libraries' networks have parameters that nothing uses; moreover, the order in which gradients are summed then
+        # is the same in the first step after a checkpoint as in any other
+        self.wrapped.append(DistributedDataParallel(network, find_unused_parameters=True))
+        return self.wrapped[-1]
+
+    def part_size(self):
+        """The number of images in one of the equal parts that a step's batch is worked through in.
+
+        Every process has cfg.accumulate parts of each step. Raises UserError where the batch cannot be divided so.
+        """
+        batch = self.cfg[self.section].batch
+        if sum(batch) % self.parts:
+            raise UserError(
+                f"{self.section}.batch = {batch}: the {sum(batch)} images of a step cannot be divided into {self.parts} equal "
+                f"parts ({world()} processes x accumulate = {self.cfg.accumulate}); change one of the three"
+            )
+        return sum(batch) // self.parts
 
     def fetch(self, batch):
         """What was loaded, on the device: images ([B,] H, W, 3) as ([B,] 3, H, W) in [0, 1], label maps as int64."""
@@ -173,11 +233,14 @@ class Run:
     # -- checkpoints
 
     def is_finished(self, force, inputs=()):
-        """Whether the stage's result is there; from here on, no other process may train in the run's folder.
+        """Whether the stage's result is there; from here on, no other job may train in the run's folder.
 
         inputs: files of earlier stages that this one reads, if they are there. Raises UserError where the result, or its
         unfinished checkpoint, is of another configuration or of other inputs; `force` removes both first.
         """
+        return processes.from_first(lambda: self._is_finished(force, inputs))
+
+    def _is_finished(self, force, inputs):
         self._lock()
         for left in self.folder.glob(f".{self.stage}.*.partial"):  # by a process that was killed while it wrote
             left.unlink(missing_ok=True)
@@ -222,8 +285,9 @@ class Run:
 
     def describe(self):
         """Leaves in the run's folder what is run, and on what."""
-        write_text(self.folder / "config.yaml", yaml.safe_dump(_plain(self.cfg), sort_keys=False))
-        write_text(self.folder / "environment.json", json.dumps(_environment(self.device), indent=1) + "\n")
+        if rank() == 0:
+            write_text(self.folder / "config.yaml", yaml.safe_dump(_plain(self.cfg), sort_keys=False))
+            write_text(self.folder / "environment.json", json.dumps(_environment(self.device), indent=1) + "\n")
 
     def resume(self, state):
         """Loads the unfinished checkpoint into `state`. Returns the number of steps done, None without a checkpoint."""
@@ -237,6 +301,8 @@ class Run:
         return saved["step"]
 
     def save(self, path, step, state, **more):
+        if rank() > 0:
+            return
         saved = {name: part.state_dict() for name, part in state.items()}
         saved |= {"stage": self.stage, "step": step, "config": _plain(self.cfg), "inputs": self.inputs, **more}
         write_atomically(path, lambda temporary: torch.save(saved, temporary))
@@ -244,7 +310,9 @@ class Run:
     def finish(self, steps, state):
         """Writes the stage's result and removes its unfinished checkpoint."""
         self.save(self.result, steps, state)
-        self.unfinished.unlink(missing_ok=True)
+        processes.wait()
+        if rank() == 0:
+            self.unfinished.unlink(missing_ok=True)
         means = {name: _rounded(above / max(below, 1e-12)) for name, (above, below) in self.overall.items()}
         self.write_log(finished=steps, **means, seconds=self.seconds())
         print(f"{self.stage}: wrote {self.result}  {_figures(means)}")
@@ -256,35 +324,51 @@ class Run:
     # -- the loop
 
     def steps(self, batches, first, total, state):
-        """Yields (step, batch on the device) for the steps from `first`; logs and saves `state` at the configured intervals.
+        """Yields (step, parts) for the steps from `first`; logs and saves `state` at the configured intervals.
 
-        Each step starts with torch's generators as (seed, stage, step) alone decide.
+        Going through parts gives this process's parts of the step's batch, on the device. Step and parts start with torch's
+        generators as (seed, stage, step, place of the part in the batch) alone decide; gradients are averaged in the last.
         """
-        images = batches.batch_size
-        self.writer = SummaryWriter(self.folder / "tensorboard" / self.stage, purge_step=first)
+        images, batches = batches.batch_size * self.parts, iter(batches)
+        if rank() == 0:
+            self.writer = SummaryWriter(self.folder / "tensorboard" / self.stage, purge_step=first)
         self.started, self.done = time.perf_counter(), 0
         _Signals.in_loop = True
-        with tqdm(
-            total=total * images, initial=first * images, unit="img", desc=self.stage, disable=None, dynamic_ncols=True
+        with progress(
+            total=total * images, initial=first * images, unit="img", desc=self.stage, dynamic_ncols=True
         ) as self.bar:
-            for step, batch in enumerate(batches, first):
-                torch.manual_seed(
-                    int(np.random.SeedSequence([self.cfg.seed, *self.stage.encode(), step]).generate_state(1)[0])
-                )
-                self.shows = step + 1 if (step + 1) % self.cfg.pictures_every == 0 or step + 1 == total else None
-                yield step, self.fetch(batch)
+            for step in range(first, total):
+                shows = rank() == 0 and ((step + 1) % self.cfg.pictures_every == 0 or step + 1 == total)
+                self.shows = step + 1 if shows else None
+                self._seed(step, 0)
+                yield step, self._parts(step, batches)
                 self.bar.update(images)
                 self.done += 1
-                stop = _Signals.received
+                stop = processes.largest(_Signals.received or 0)
                 saves = stop or ((step + 1) % self.cfg.save_every == 0 and step + 1 < total)
                 if (step + 1) % self.cfg.log_every == 0 or saves or step + 1 == total:
                     self._flush(step + 1, total, images)
                 if saves:
                     self.save(self.unfinished, step + 1, state, overall=self.overall, seconds=self.seconds())
                 if stop:
+                    processes.wait()  # for the checkpoint: torchrun stops all as soon as one has ended
                     raise Stopped(stop)
         _Signals.in_loop = False
-        self.writer.close()
+        if rank() == 0:
+            self.writer.close()
+
+    def _parts(self, step, batches):
+        for k in range(self.cfg.accumulate):
+            self._seed(step, k * world() + rank())
+            with contextlib.ExitStack() as unsynchronised:
+                if k + 1 < self.cfg.accumulate:
+                    for network in self.wrapped:
+                        unsynchronised.enter_context(network.no_sync())
+                yield self.fetch(next(batches))
+
+    def _seed(self, step, place):
+        sequence = np.random.SeedSequence([self.cfg.seed, *self.stage.encode(), step])
+        torch.manual_seed(int(sequence.generate_state(place + 1)[place]))
 
     def log(self, **figures):
         """Adds to the figures of this log interval: a mean of scalars, or a ratio given as (above, below). Stays on the device."""
@@ -314,7 +398,7 @@ class Run:
         sums = [
             torch.as_tensor(x, dtype=torch.float64, device=self.device) for name in names for x in self.recent[name]
         ]
-        sums = torch.stack(sums).view(-1, 2).tolist()
+        sums = processes.total(torch.stack(sums)).view(-1, 2).tolist()
         self.recent = {}
         figures = {name: above / max(below, 1e-12) for name, (above, below) in zip(names, sums, strict=True)}
         for name, pair in zip(names, sums, strict=True):
@@ -325,7 +409,8 @@ class Run:
                 )
             old = self.overall.get(name, [0, 0])
             self.overall[name] = [old[0] + pair[0], old[1] + pair[1]]
-            self.writer.add_scalar(f"{self.stage}/{name}", figures[name], step)
+            if rank() == 0:
+                self.writer.add_scalar(f"{self.stage}/{name}", figures[name], step)
         rate = self.done * images / (time.perf_counter() - self.started)
         self.started, self.done = time.perf_counter(), 0
         self.bar.set_postfix_str(_figures(figures))
@@ -340,8 +425,14 @@ class Run:
 
     def write_log(self, **figures):
         """Appends a line to the run's log.jsonl."""
-        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"stage": self.stage, **figures}) + "\n")
+        if rank() == 0:
+            with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"stage": self.stage, **figures}) + "\n")
+
+
+def progress(*args, **options):
+    """tqdm's bar, on a terminal, by the first process."""
+    return tqdm(*args, disable=rank() > 0 or None, **options)
 
 
 def _rounded(value):
@@ -395,4 +486,5 @@ def _environment(device):
         if device.type == "cuda"
         else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
+        "processes": world(),
     }

@@ -24,6 +24,7 @@ from images import paint, read_image, resize, video_writer, write_image
 from losses import upsample
 from metrics import ConfusionMatrix, predictions
 from models import load_segmenter
+from processes import rank, wait, world
 
 STAGES = ("source_only", "warmup", "selftrain_round1", "selftrain", "oracle")  # the table's order; others follow
 
@@ -52,6 +53,8 @@ def main():
         cfg = load_config(args.cfg or "config.yaml", args.overrides)
     run = Run(cfg, "evaluate", "evaluation")
     paths = [find(path, cfg) for path in args.weights or finished(run.folder)]
+    if world() > 1 and (args.export or Path(args.images or "").is_file()):
+        raise UserError("--export and videos are the work of one process; leave torchrun out")
     if args.export:
         if len(paths) > 1:
             raise UserError(f"--export {args.export}: one network goes into a file; choose it with --weights")
@@ -84,8 +87,12 @@ def main():
                 "weights": "best_on_val" if path.stem.endswith("_best_on_val") else "last",
                 "step": saved.get("step"),
             }
-            record(run.folder / "results.json", stage, scores)
+            if rank() == 0:
+                record(run.folder / "results.json", stage, scores)
 
+    wait()  # for the pictures
+    if rank() > 0:
+        return
     stages = [path.stem for path in paths]
     if any(whole.images.labelled for whole in datasets.values()):
         results = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))

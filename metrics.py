@@ -7,13 +7,14 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from config import classes
 from datasets import Whole, loader
+from engine import progress
 from files import load_tensors
 from losses import probability_labels
 from models import recalibrate_batchnorm
+from processes import total
 
 
 class ConfusionMatrix:
@@ -31,9 +32,10 @@ class ConfusionMatrix:
     def scores(self, names, subsets=None):
         """Percentages: miou, pixel_accuracy, iou by class name, and miou_KEY for each subset, KEY -> class names.
 
-        A class in neither labels nor predictions has no IoU (None) and does not count, as in cityscapesscripts.
+        A class in neither labels nor predictions has no IoU (None) and does not count, as in cityscapesscripts. Of many
+        processes, each has counted its images; the scores are of all.
         """
-        counts = self.counts.double().cpu()
+        counts = total(self.counts).double().cpu()
         hits = counts.diag()
         union = counts.sum(0) + counts.sum(1) - hits
         iou = {n: 100 * (h / u).item() if u else None for n, h, u in zip(names, hits, union, strict=True)}
@@ -123,11 +125,11 @@ def _tiles(side, tile):
 
 @torch.no_grad()
 def predictions(run, model, whole, scales, tile=None):
-    """Yields, for each sample of a datasets.Whole, it, the prediction (H, W) at the file's size, int64, and the network's
+    """Yields, for each sample of a datasets.Whole that falls to this process, it, the prediction (H, W) at the file's size, int64, and the network's
     outputs at each of the scales, both on the device."""
     network = functools.partial(tiled, model, tile=tile) if tile else model
     model.eval()
-    for sample in tqdm(loader(run, whole), desc="predictions", unit="img", disable=None, leave=False):
+    for sample in progress(loader(run, whole), desc="predictions", unit="img", leave=False):
         with run.autocast():
             outputs = at_scales(network, run.fetch(sample["image"])[None], scales)
         yield sample, probability_labels([logits for logits, *_ in outputs], sample["shape"])[0], outputs

@@ -15,6 +15,7 @@ from torch import nn
 
 from config import Config, UserError, classes
 from files import load_tensors
+from processes import alone, rank, total, world
 
 NETWORKS = ("deeplab_v2_resnet101", "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2")
 
@@ -287,19 +288,28 @@ def ema_update(teacher, student, decay):
 def recalibrate_batchnorm(model, batches):
     """Replaces the batch-norm running statistics by their plain average over `batches` of images, in one pass.
 
-    Leaves the model in evaluation mode; one without batch norm, or with no batches, is otherwise left as it is.
+    Leaves the model in evaluation mode; one without batch norm, or with no batches, is otherwise left as it is. batches: len()
+    counts those of all processes, iterating gives this one's; all have the same statistics in the end.
     """
     model.eval()
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if not norms or not len(batches):
-        return
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a cumulative average
-        norm.train()
-    for images in batches:
-        model(images)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.eval()
+    share = int(rank() == 0)  # with no batches, all take the first process's statistics
+    if len(batches):
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a cumulative average
+            norm.process_group = alone()  # of those that are synchronised: the processes' numbers of batches differ
+            norm.train()
+        share = 0
+        for images in batches:
+            model(images)
+            share += 1 / len(batches)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum, norm.process_group = momentum, None
+            norm.num_batches_tracked.fill_(len(batches))
+        model.eval()
+    if world() > 1:
+        for norm in norms:
+            for statistic in (norm.running_mean, norm.running_var):
+                statistic.copy_(total(share * statistic))

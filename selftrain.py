@@ -3,6 +3,7 @@
 python selftrain.py --cfg config.yaml --init warmup.pth
 """
 
+import itertools
 import math
 
 import torch
@@ -17,6 +18,7 @@ from images import read_label, write_image
 from losses import Centroids, bilateral_consensus, ohem_loss, supervised_loss, symmetric_distillation
 from metrics import predictions, validate
 from models import build_optimizer, ema_update, load_segmenter, make_teacher, recalibrate_batchnorm
+from processes import gathered, in_order
 
 SCALES = (1.0, 0.5)  # of the probability labels; centroids from target images are taken at the last
 
@@ -44,6 +46,7 @@ def train(run, init, folder):
     source = Images(cfg, "source", labelled=True)
     target = Images(cfg, "target", labelled=False)
     beside = {"translated": translated_images(cfg, source)} if options.crdomix else {}
+    size = run.part_size()
     source_crops = Crops(cfg, run.stage, "source", source, options.batch, total, **beside)
     recalibration = RecalibrationImages(run, options.batch)
     val = Images(cfg, "val", labelled=True) if cfg.val_every else None
@@ -67,61 +70,70 @@ def train(run, init, folder):
     run.describe()
     if first is None:
         first = 0
-        label_target(run, student, target, centroids, folder)
+        class_means = label_target(run, student, target, centroids, folder)
         if options.centroids == "crdomix":
-            centroids_of_source(run, student, source, beside, centroids)
+            class_means = itertools.chain(class_means, class_means_of_source(run, student, source, beside, centroids))
+        for means, found in in_order(class_means):
+            centroids.accumulate(means.to(run.device), found)
         student.train()
         run.save(run.unfinished, first, state, overall={}, seconds=run.seconds())
     labels = Aligned(folder, target.names, read_label, "give --force to make the pseudo-labels anew")
     target_crops = Crops(cfg, run.stage, "target", target, options.batch, total, pseudo=labels, **truth)
 
     # training
-    size = source_crops.batch_size
+    network = run.parallel(student)
     crops = StackDataset(source=source_crops, target=target_crops)
+    crops = loader(run, crops, first * source_crops.batch_size, size)
     supervised = {"ce": supervised_loss, "ohem": ohem_loss}[cfg.supervised]
-    for step, batch in run.steps(loader(run, crops, first * size, size), first, total, state):
+    for step, parts in run.steps(crops, first, total, state):
         set_learning_rate(optimizer, step, total, **cfg.optimizer)
         ema_update(teacher, student, ema_decay(step, cfg.ema_limit))
-        x_s, y_s, draws = batch["source"]["image"], batch["source"]["label"], batch["source"]["draws"]
-        x_t, y_p, target_draws = batch["target"]["image"], batch["target"]["pseudo"], batch["target"]["draws"]
-        x_cdm = cross_domain_mix(x_s, y_s, batch["source"].get("translated"), draws, options.strong)
+        target_means, source_means = [], []
+        for batch in parts:
+            x_s, y_s, draws = batch["source"]["image"], batch["source"]["label"], batch["source"]["draws"]
+            x_t, y_p, target_draws = batch["target"]["image"], batch["target"]["pseudo"], batch["target"]["draws"]
+            x_cdm = cross_domain_mix(x_s, y_s, batch["source"].get("translated"), draws, options.strong)
 
-        with torch.no_grad(), run.autocast():
-            teacher_logits, teacher_features, _ = teacher(torch.cat([x_s, x_cdm, x_t]))
-        y_f = centroids.assign(teacher_features[2 * size :], y_p.shape[-2:])
-        y_t = {"consensus": bilateral_consensus(y_p, y_f), "probability": y_p, "feature": y_f}[options.labels]
-        if options.class_mixing:
-            x_mix, y_mix = class_mix(x_s, y_s, x_t, y_t, (draws, target_draws), options.strong)
-        else:
-            x_mix, y_mix = strong_view(x_t, target_draws[:, :8], options.strong), y_t
+            with torch.no_grad(), run.autocast():
+                teacher_logits, teacher_features, _ = teacher(torch.cat([x_s, x_cdm, x_t]))
+            y_f = centroids.assign(teacher_features[2 * size :], y_p.shape[-2:])
+            y_t = {"consensus": bilateral_consensus(y_p, y_f), "probability": y_p, "feature": y_f}[options.labels]
+            if options.class_mixing:
+                x_mix, y_mix = class_mix(x_s, y_s, x_t, y_t, (draws, target_draws), options.strong)
+            else:
+                x_mix, y_mix = strong_view(x_t, target_draws[:, :8], options.strong), y_t
 
-        with run.autocast():
-            logits, _, auxiliary = student(torch.cat([x_s, x_cdm, x_mix]))
-        ce = supervised(logits[:size], y_s)
-        ce_mix = supervised(logits[2 * size :], y_mix)
-        if cfg.model.auxiliary:
-            ce = ce + cfg.model.auxiliary * supervised(auxiliary[:size], y_s)
-            ce_mix = ce_mix + cfg.model.auxiliary * supervised(auxiliary[2 * size :], y_mix)
-        kd = symmetric_distillation(
-            logits[: 2 * size], teacher_logits[: 2 * size], options.strong_to_weak, y_s.shape[-2:]
-        )
-        loss = ce + ce_mix + options.distill * kd
+            with run.autocast():
+                logits, _, auxiliary = network(torch.cat([x_s, x_cdm, x_mix]))
+            ce = supervised(logits[:size], y_s)
+            ce_mix = supervised(logits[2 * size :], y_mix)
+            if cfg.model.auxiliary:
+                ce = ce + cfg.model.auxiliary * supervised(auxiliary[:size], y_s)
+                ce_mix = ce_mix + cfg.model.auxiliary * supervised(auxiliary[2 * size :], y_mix)
+            kd = symmetric_distillation(
+                logits[: 2 * size], teacher_logits[: 2 * size], options.strong_to_weak, y_s.shape[-2:]
+            )
+            loss = ce + ce_mix + options.distill * kd
 
-        run.scaler.scale(loss).backward()
+            run.scaler.scale(loss / cfg.accumulate).backward()
+            of_t, of_cdm = slice(2 * size, None), slice(size, 2 * size)
+            target_means += [centroids.class_means(teacher_features[of_t], teacher_logits[of_t], y_t, padded=True)]
+            source_means += [centroids.class_means(teacher_features[of_cdm], teacher_logits[of_cdm], y_s, padded=True)]
+
+            run.log(loss=loss, ce=ce, ce_mix=ce_mix, kd=kd, kept=(y_t != 255).float().mean())
+            run.log(lr=optimizer.param_groups[0]["lr"])
+            if options.diagnose:
+                known = batch["target"]["truth"] != 255
+                run.log(
+                    precision=((known & (y_t == batch["target"]["truth"])).sum(), (known & (y_t != 255)).sum()),
+                    probability_accuracy=((known & (y_p == batch["target"]["truth"])).sum(), known.sum()),
+                )
+
         run.scaler.step(optimizer)
         run.scaler.update()
         optimizer.zero_grad()
-        for part, labelled in ((slice(2 * size, None), y_t), (slice(size, 2 * size), y_s)):
-            centroids.move(*centroids.class_means(teacher_features[part], teacher_logits[part], labelled, padded=True))
-
-        run.log(loss=loss, ce=ce, ce_mix=ce_mix, kd=kd, kept=(y_t != 255).float().mean())
-        run.log(lr=optimizer.param_groups[0]["lr"])
-        if options.diagnose:
-            known = batch["target"]["truth"] != 255
-            run.log(
-                precision=((known & (y_t == batch["target"]["truth"])).sum(), (known & (y_t != 255)).sum()),
-                probability_accuracy=((known & (y_p == batch["target"]["truth"])).sum(), known.sum()),
-            )
+        for means, found in target_means + source_means:
+            centroids.move(gathered(means), gathered(found))
         if run.shows:
             run.show(target_image=x_t, probability_labels=y_p, feature_labels=y_f, pseudo_labels=y_t,
                      mixed_image=x_mix, mixed_labels=y_mix, truth=batch["target"].get("truth"))  # fmt: skip
@@ -135,18 +147,18 @@ def train(run, init, folder):
 
 
 def label_target(run, model, target, centroids, folder):
-    """Writes y^p for every target image as an 8-bit PNG of the image's size; takes the centroids where asked to."""
+    """Writes y^p for every target image as an 8-bit PNG of the image's size; yields its class means if centroids come from it."""
     for sample, labels, outputs in predictions(run, model, Whole(target, run.cfg.target.sizes[-1]), SCALES):
         name = target.names[sample["index"]].rpartition(".")[0] + ".png"
         write_image(folder / name, labels.byte().cpu().numpy())
         if run.cfg.selftrain.centroids == "target":
             logits, features, _ = outputs[-1]
-            centroids.accumulate(*centroids.class_means(features, logits))
+            yield centroids.class_means(features, logits)
 
 
 @torch.no_grad()
-def centroids_of_source(run, model, source, beside, centroids):
-    """Takes the centroids on x_cdm, the mixed source images: one crop of every image."""
+def class_means_of_source(run, model, source, beside, centroids):
+    """Yields those of x_cdm, the mixed source images, a batch at a time: of one crop of every image."""
     options, model = run.cfg.selftrain, model.eval()
     steps = math.ceil(len(source) / sum(options.batch))
     crops = Crops(run.cfg, f"{run.stage} centroids", "source", source, options.batch, steps, **beside)
@@ -156,7 +168,7 @@ def centroids_of_source(run, model, source, beside, centroids):
         )
         with run.autocast():
             logits, features, _ = model(x_cdm)
-        centroids.accumulate(*centroids.class_means(features, logits, batch["label"]))
+        yield centroids.class_means(features, logits, batch["label"])
 
 
 if __name__ == "__main__":

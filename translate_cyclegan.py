@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import StackDataset, Subset
-from tqdm import tqdm
 
 from config import load_config
 from datasets import Aligned, Crops, Images, Whole, loader
-from engine import Run, arguments, command
+from engine import Run, arguments, command, progress
 from images import read_image, write_image
 from losses import semantic_edge_loss
+from processes import from_first, gathered, rank, world
 from translators import Discriminator, Generator, init_gan, load_generator
 
 POOL = 50  # earlier translations that the discriminators see half of the time
@@ -51,13 +51,13 @@ def train(run, source):
     cfg, options, total = run.cfg, run.cfg.translation, run.cfg.translation.steps
 
     # data
+    size = run.part_size()
     crops = StackDataset(
         source=Crops(cfg, run.stage, "source", source, options.batch, total, options.crop),
         target=Crops(cfg, run.stage, "target", Images(cfg, "target", False), options.batch, total, options.crop),
     )
 
     # generators, discriminators, optimizers
-    size = sum(options.batch)
     to_target, to_source = (run.place(Generator(options.filters, options.blocks).apply(init_gan)) for _ in range(2))
     is_target, is_source = (run.place(Discriminator(options.filters).apply(init_gan)) for _ in range(2))
     pool_target, pool_source = (run.place(Pool(options.crop)) for _ in range(2))
@@ -72,40 +72,47 @@ def train(run, source):
     # training
     run.describe()
     first = run.resume(state) or 0
-    for step, batch in run.steps(loader(run, crops, first * size, size), first, total, state):
+    to_target, to_source = map(run.parallel, (to_target, to_source))
+    judge_target, judge_source = map(run.parallel, judges)
+    crops = loader(run, crops, first * sum(options.batch), size)
+    for step, parts in run.steps(crops, first, total, state):
         for group in itertools.chain(optimizer.param_groups, judges_optimizer.param_groups):
             group["lr"] = options.lr * min(1, 2 * (1 - step / total))
-        source, labels, target = batch["source"]["image"], batch["source"]["label"], batch["target"]["image"]
+        places = torch.randint(2 * POOL, (2, sum(options.batch)))  # in the pools; every process draws the same
+        for k, batch in enumerate(parts):
+            source, labels, target = batch["source"]["image"], batch["source"]["label"], batch["target"]["image"]
 
-        judges.requires_grad_(False)
-        with run.autocast():
-            fake_target, same_target = to_target(torch.cat([source, target])).chunk(2)
-            fake_source, same_source = to_source(torch.cat([target, source])).chunk(2)
-            cycled_source, cycled_target = to_source(fake_target), to_target(fake_source)
-            adversarial = least_squares(is_target(fake_target), 1) + least_squares(is_source(fake_source), 1)
-        cycle = distance(cycled_source, source) + distance(cycled_target, target)
-        identity = distance(same_source, source) + distance(same_target, target)
-        edge = semantic_edge_loss(fake_target, source, labels)
-        loss = adversarial + options.cycle * cycle + options.identity * identity + options.edge * edge
-        run.scaler.scale(loss).backward()
+            judges.requires_grad_(False)
+            with run.autocast():
+                fake_target, same_target = to_target(torch.cat([source, target])).chunk(2)
+                fake_source, same_source = to_source(torch.cat([target, source])).chunk(2)
+                cycled_source, cycled_target = to_source(fake_target), to_target(fake_source)
+                adversarial = least_squares(is_target(fake_target), 1) + least_squares(is_source(fake_source), 1)
+            cycle = distance(cycled_source, source) + distance(cycled_target, target)
+            identity = distance(same_source, source) + distance(same_target, target)
+            edge = semantic_edge_loss(fake_target, source, labels)
+            loss = adversarial + options.cycle * cycle + options.identity * identity + options.edge * edge
+            run.scaler.scale(loss / cfg.accumulate).backward()
+
+            judges.requires_grad_(True)
+            number = step * sum(options.batch) + k * world() * size  # of the first image of all processes' k-th parts
+            with run.autocast():
+                old_target = pool_target.exchange(fake_target.detach(), number, places[0])
+                old_source = pool_source.exchange(fake_source.detach(), number, places[1])
+                judged = least_squares(judge_target(target), 1) + least_squares(judge_target(old_target), 0)
+                judged = judged + least_squares(judge_source(source), 1) + least_squares(judge_source(old_source), 0)
+            run.scaler.scale(judged / 2 / cfg.accumulate).backward()
+            run.log(loss=loss, adversarial=adversarial, cycle=cycle, identity=identity, edge=edge, judges=judged)
+            run.log(lr=optimizer.param_groups[0]["lr"])
+
         run.scaler.step(optimizer)
-        optimizer.zero_grad()
-
-        judges.requires_grad_(True)
-        with run.autocast():
-            old_target = pool_target.exchange(fake_target.detach(), step)
-            old_source = pool_source.exchange(fake_source.detach(), step)
-            judged = least_squares(is_target(target), 1) + least_squares(is_target(old_target), 0)
-            judged = judged + least_squares(is_source(source), 1) + least_squares(is_source(old_source), 0)
-        run.scaler.scale(judged / 2).backward()
         run.scaler.step(judges_optimizer)
         run.scaler.update()
+        optimizer.zero_grad()
         judges_optimizer.zero_grad()
-        run.log(loss=loss, adversarial=adversarial, cycle=cycle, identity=identity, edge=edge, judges=judged)
-        run.log(lr=optimizer.param_groups[0]["lr"])
         if run.shows:
             run.show(source_image=source, translated=fake_target, back_again=cycled_source, target_image=target)
-    run.finish(total, {"generator": to_target})
+    run.finish(total, {"generator": state["generator"]})
 
 
 def least_squares(scores, wanted):
@@ -119,24 +126,30 @@ def distance(a, b):
 
 
 class Pool(nn.Module):
-    """The last translations that the discriminators have not been done with (Shrivastava et al., CVPR 2017)."""
+    """The last translations that the discriminators have not been done with (Shrivastava et al., CVPR 2017).
+
+    Every process has the same: the translations of all.
+    """
 
     def __init__(self, size):
         super().__init__()
         self.register_buffer("images", torch.zeros(POOL, 3, *size))
 
-    def exchange(self, images, step):
-        """Each image (B, 3, H, W) itself or, once the pool is full and half of the time, one from the pool in its place."""
-        answer = []
-        for n, image in enumerate(images, step * len(images)):
-            place = n if n < POOL else int(torch.randint(2 * POOL, ()))
+    def exchange(self, images, number, places):
+        """Each image (B, 3, H, W) itself or, once the pool is full and half of the time, one from the pool in its place.
+
+        number: of the first image of all processes, counted from the first step on; places: the step's draws, one an image.
+        """
+        answer, images, size = [], gathered(images), len(images)
+        for n, image in enumerate(images, number):
+            place = n if n < POOL else int(places[n % len(places)])
             if n >= POOL and place < POOL:
                 answer.append(self.images[place].clone())
             else:
                 answer.append(image)
             if place < POOL:
                 self.images[place] = image
-        return torch.stack(answer)
+        return torch.stack(answer[rank() * size : (rank() + 1) * size])
 
 
 @torch.no_grad()
@@ -145,7 +158,8 @@ def write(run, generator, source, weights):
     folder, made = run.folder / "translated", Path(weights).stat().st_mtime
     paths = [folder / name for name in source.names]
     todo = [i for i, path in enumerate(paths) if not path.exists() or path.stat().st_mtime < made]
-    for sample in tqdm(loader(run, Subset(Whole(source), todo)), desc="translated", unit="img", disable=None):
+    todo = from_first(lambda: todo)  # before any other writes one of them
+    for sample in progress(loader(run, Subset(Whole(source), todo)), desc="translated", unit="img"):
         image, (height, width) = run.fetch(sample["image"])[None], sample["shape"]
         image = F.pad(image, (0, -width % 4, 0, -height % 4), mode="reflect")
         with run.autocast():

@@ -32,6 +32,7 @@ def train(run):
     # data
     source = Images(cfg, options.labels_from, labelled=True)
     beside = {"translated": translated_images(cfg, source)} if options.crdomix else {}
+    size = run.part_size()
     source_crops = Crops(cfg, run.stage, options.labels_from, source, options.batch, total, **beside)
     recalibration = RecalibrationImages(run, options.batch)
     val = Images(cfg, "val", labelled=True) if cfg.val_every else None
@@ -42,34 +43,36 @@ def train(run):
     optimizer = build_optimizer(student, **cfg.optimizer)
     state = {"student": student, "teacher": teacher, "optimizer": optimizer, "scaler": run.scaler}
     first = run.resume(state) or 0
+    network = run.parallel(student)
 
     # training
     if run.stage == "warmup":
         run.describe()
-    size = source_crops.batch_size
     supervised = {"ce": supervised_loss, "ohem": ohem_loss}[cfg.supervised]
-    for step, batch in run.steps(loader(run, source_crops, first * size, size), first, total, state):
+    crops = loader(run, source_crops, first * source_crops.batch_size, size)
+    for step, parts in run.steps(crops, first, total, state):
         set_learning_rate(optimizer, step, total, **cfg.optimizer)
         ema_update(teacher, student, ema_decay(step, cfg.ema_limit))
-        x_s, y_s, draws = batch["image"], batch["label"], batch["draws"]
+        for batch in parts:
+            x_s, y_s, draws = batch["image"], batch["label"], batch["draws"]
 
-        views = x_s
-        if options.distill:
-            views = torch.cat([x_s, cross_domain_mix(x_s, y_s, batch.get("translated"), draws, options.strong)])
-        with run.autocast():
-            logits, _, auxiliary = student(views)
-        loss = ce = supervised(logits[:size], y_s)
-        if cfg.model.auxiliary:
-            loss = ce = ce + cfg.model.auxiliary * supervised(auxiliary[:size], y_s)
-        if options.distill:
-            with torch.no_grad(), run.autocast():
-                teacher_logits, _, _ = teacher(views)
-            kd = symmetric_distillation(logits, teacher_logits, options.strong_to_weak, y_s.shape[-2:])
-            loss = ce + options.distill * kd
-            run.log(kd=kd)
-        run.log(loss=loss, ce=ce, lr=optimizer.param_groups[0]["lr"])
+            views = x_s
+            if options.distill:
+                views = torch.cat([x_s, cross_domain_mix(x_s, y_s, batch.get("translated"), draws, options.strong)])
+            with run.autocast():
+                logits, _, auxiliary = network(views)
+            loss = ce = supervised(logits[:size], y_s)
+            if cfg.model.auxiliary:
+                loss = ce = ce + cfg.model.auxiliary * supervised(auxiliary[:size], y_s)
+            if options.distill:
+                with torch.no_grad(), run.autocast():
+                    teacher_logits, _, _ = teacher(views)
+                kd = symmetric_distillation(logits, teacher_logits, options.strong_to_weak, y_s.shape[-2:])
+                loss = ce + options.distill * kd
+                run.log(kd=kd)
+            run.log(loss=loss, ce=ce, lr=optimizer.param_groups[0]["lr"])
 
-        run.scaler.scale(loss).backward()
+            run.scaler.scale(loss / cfg.accumulate).backward()
         run.scaler.step(optimizer)
         run.scaler.update()
         optimizer.zero_grad()

@@ -1,0 +1,310 @@
+"""Several processes against one: the same numbers, one voice, and an end for all when one ends. On a CPU, over gloo."""
+
+import copy
+import functools
+import importlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torchvision
+from conftest import ROOT
+from test_pipeline import log, same, state
+from torch import nn
+
+import engine
+import models
+import processes
+from config import load_config
+from datasets import Images, Whole
+from metrics import ConfusionMatrix, predictions
+
+os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # DistributedDataParallel's remark that no parameter is unused
+# forked from a process that has imported everything once, the processes of a test start at once
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["translate_cyclegan", "warmup", "selftrain", "evaluate", "torch.utils.tensorboard"])
+
+
+def process(number, count, port, out, work, *arguments):
+    """One process of `count`, as torchrun would have set it up; its output goes to files."""
+    if count > 1:
+        os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for stream in (1, 2):
+        os.dup2(os.open(f"{out}.{number}.{stream}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of the loaders, as in a command's own process
+    work(*arguments)
+
+
+def together(count, out, work, *arguments):
+    """Runs `work` in `count` processes: (exit codes, all that they wrote to stdout, to stderr)."""
+    store = dist.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False
+    )  # torchrun has it, not the first process
+    workers = [
+        FORKS.Process(target=process, args=(number, count, store.port, out, work, *arguments))
+        for number in range(count)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+        worker.kill()
+    out, err = ("".join(Path(f"{out}.{n}.{stream}").read_text() for n in range(count)) for stream in (1, 2))
+    return [worker.exitcode for worker in workers], out, err
+
+
+def stage(script, arguments, signal_at=None, plain=False):
+    """A script's command. signal_at: (step, number) of a signal that the last process alone gets in the last part of that
+    step, counted from 1; plain: no batch norm, no dropout."""
+    if plain:
+        get_model = torchvision.models.get_model
+        torchvision.models.get_model = functools.partial(get_model, norm_layer=functools.partial(nn.GroupNorm, 4))
+        models.Head = functools.partial(models.Head, dropout=0)
+    losses, original = [], engine.Run.log
+
+    def counted(self, **figures):
+        losses.extend([1] * ("loss" in figures))
+        here = processes.rank() == processes.world() - 1 and len(losses) == signal_at[0] * self.cfg.accumulate
+        if here and "loss" in figures:
+            os.kill(os.getpid(), signal_at[1])
+        original(self, **figures)
+
+    if signal_at:
+        engine.Run.log = counted
+    sys.argv = [f"{script}.py", *arguments]
+    engine.command(importlib.import_module(script).main)
+
+
+@pytest.fixture
+def stages(dataset):
+    """stages(count, script, "key=value", ...) runs a script's command in `count` processes."""
+
+    def call(count, script, *overrides, **options):
+        arguments = ["--cfg", str(dataset / "test.yaml"), *map(str, overrides)]
+        return together(count, dataset / "out", functools.partial(stage, **options), script, arguments)
+
+    return call
+
+
+def ok(outcome):
+    codes, out, err = outcome
+    assert set(codes) == {0}, err
+    return out
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def tensors(tree, prefix=""):
+    """Every tensor of nested dicts and lists, by its path."""
+    if isinstance(tree, torch.Tensor):
+        return {prefix: tree}
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return {path: tensor for key, part in pairs for path, tensor in tensors(part, f"{prefix}/{key}").items()}
+
+
+def assert_close(ours, theirs):
+    """Integers are equal, and single-precision numbers to 1e-6."""
+    ours, theirs = tensors(ours), tensors(theirs)
+    assert ours.keys() == theirs.keys()
+    for path, tensor in theirs.items():
+        torch.testing.assert_close(
+            ours[path], tensor, rtol=1e-6, atol=1e-6, msg=lambda text, path=path: f"{path}: {text}"
+        )
+
+
+# ---------------------------------------------------------------- the same numbers
+
+
+def test_the_gradients_of_any_number_of_processes(stages, dataset):
+    """N processes, K parts each, against one process and the whole batch: after one step, momentum is the gradient."""
+    runs = dataset / "runs"
+    options = ("warmup.batch=[2,4]", "selftrain.batch=[4,2]", "selftrain.momentum=0.1", "bn_recalibrate=[]",
+               "selftrain.rounds=1", "selftrain.diagnose=false", "log_every=1", "model.network=resnet18")  # fmt: skip
+    ok(stages(1, "translate_cyclegan", "name=base", *options))
+    options += (f"translation.images={runs}/base/translated",)
+    ok(stages(1, "warmup", "name=base", *options, plain=True))
+    whole = {}
+    for count, parts in ((1, 1), (2, 1), (1, 3), (3, 2)):
+        name = f"{count}x{parts}"
+        for script in ("warmup", "selftrain"):
+            arguments = (*options, f"name={name}", f"accumulate={parts}")
+            if script == "selftrain":
+                arguments += ("--init", runs / "base/warmup.pth")
+            codes, _, err = stages(count, script, *arguments, signal_at=(1, signal.SIGTERM), plain=True)
+            assert set(codes) == {143}, err
+            assert err == f"{script}.py: stopped by SIGTERM; the same command goes on from the last checkpoint\n"
+            saved = state(runs / name / f"{script}.unfinished.pth")
+            assert saved["step"] == 1
+            figures = log(runs / name)[-1]
+            whole.setdefault(script, (saved, figures))
+            for part in ("student", "teacher", "optimizer", *["centroids"] * (script == "selftrain")):
+                assert_close(saved[part], whole[script][0][part])
+            assert {key: figures[key] for key in ("ce", "kd", "loss")} == pytest.approx(
+                {key: whole[script][1][key] for key in ("ce", "kd", "loss")}, rel=1e-5
+            )
+        assert files(runs / name / "pseudo_labels") == files(runs / "1x1/pseudo_labels")
+
+
+@pytest.fixture
+def both(stages, dataset):
+    """both(script, ...) runs it in two processes and, in the folder `parts`, in one that does both halves of each batch."""
+
+    def call(script, *overrides):
+        ok(stages(1, script, *overrides, "name=parts", "accumulate=2"))
+        ok(stages(2, script, *overrides, "name=two"))
+        return dataset / "runs/parts", dataset / "runs/two"
+
+    return call
+
+
+def test_two_processes_are_two_parts_on_one_bit_for_bit(both):
+    """The real networks, with batch norm and dropout, through all stages; more images than CycleGAN's pool holds."""
+    both("translate_cyclegan", "translation.batch=[1,1]", "translation.steps=30")
+    both("warmup", "val_every=3")
+    both("selftrain", "selftrain.centroids=target")
+    one, two = both("evaluate", "evaluation.scales=[1.0, 0.5]")
+    for name in ("translator", "warmup", "warmup_best_on_val", "selftrain_round1", "selftrain"):
+        a, b = state(one / f"{name}.pth"), state(two / f"{name}.pth")
+        for checkpoint in (a, b):
+            del checkpoint["config"], checkpoint["inputs"]  # they hold the run's name
+        assert same(a, b), name
+    for a, b in zip(log(one), log(two), strict=True):
+        for different in ("images_per_second", "memory_gb", "seconds"):
+            a.pop(different, None), b.pop(different, None)
+        assert a.pop("stage") == b.pop("stage")
+        assert a == pytest.approx(b, rel=1e-5)
+    left = [files(folder) for folder in (one, two)]
+    pictures = [
+        {
+            name: data
+            for name, data in found.items()
+            if name.endswith((".png", "results.json")) and "samples" not in name
+        }
+        for found in left
+    ]
+    assert pictures[0] == pictures[1]
+    assert len(pictures[0]) == 6 + 2 * 4 + 1 + 4 * 2 * 2 + 1  # translations, pseudo-labels, results, pictures
+    assert not [name for name in left[1] if "unfinished" in name or "partial" in name]
+
+
+def counts(path, weights, folder):
+    """Leaves a dataset's confusion matrix, and the batch-norm statistics of 3 batches, in a process's file."""
+    processes.join()
+    cfg = load_config(path)
+    run = engine.Run(cfg, "evaluate", "evaluation")
+    model, matrix = models.load_segmenter(weights, cfg)[0], ConfusionMatrix(3)
+    seen = []
+    for sample, prediction, _ in predictions(run, copy.deepcopy(model), Whole(Images(cfg, "source", True)), [1.0]):
+        matrix.update(sample["label"], prediction)
+        seen.append(sample["index"])
+    order = [int(index) for (index,) in processes.in_order((torch.tensor(i),) for i in seen)]
+    images = torch.rand(3, 2, 3, 32, 40, generator=torch.Generator().manual_seed(0))
+
+    class Batches:
+        def __len__(self):
+            return len(images)
+
+        def __iter__(self):
+            return iter(images[processes.rank() :: processes.world()])
+
+    models.recalibrate_batchnorm(model, Batches())
+    torch.save({"counts": processes.total(matrix.counts), "seen": seen, "order": order, "statistics": dict(model.named_buffers())},
+               f"{folder}/{processes.world()}_{processes.rank()}.pth")  # fmt: skip
+
+
+def test_evaluation_and_statistics_where_the_images_cannot_be_divided(stages, dataset):
+    """6 images and 3 batches among 1, 2 and 4 processes: each image once, the same integers and averages everywhere."""
+    ok(stages(1, "warmup", "warmup.crdomix=false", "warmup.steps=1"))
+    weights = dataset / "runs/test/warmup.pth"
+    alone = None
+    for world in (1, 2, 4):
+        ok(together(world, dataset / "out", counts, dataset / "test.yaml", weights, dataset))
+        found = [state(dataset / f"{world}_{rank}.pth") for rank in range(world)]
+        alone = alone or found[0]
+        assert sorted(i for part in found for i in part["seen"]) == list(range(6))
+        for part in found:
+            assert part["order"] == list(range(6))
+            assert torch.equal(part["counts"], alone["counts"])
+            assert_close(part["statistics"], alone["statistics"])
+    assert alone["counts"].sum() > 0
+
+
+# ---------------------------------------------------------------- one voice
+
+
+def test_an_error_is_told_once(stages, dataset):
+    codes, _, err = stages(2, "warmup", "warmup.crdomix=false", "warmup.batch=[1,2]")
+    assert codes == [2, 2]
+    assert len(err.splitlines()) == 1
+    assert "warmup.batch = [1, 2]: the 3 images of a step cannot be divided into 2 equal parts" in err
+    assert not (dataset / "runs").exists()
+
+
+def test_an_error_in_one_process_ends_all(stages, dataset):
+    """A broken image, which only the process that draws it meets."""
+    ok(stages(1, "translate_cyclegan"))
+    (dataset / "runs/test/translated/00003.png").write_bytes(b"no image")
+    started = time.monotonic()
+    codes, _, err = stages(2, "warmup", "workers=1")
+    assert sorted(codes) == [1, 2], err
+    assert len(err.splitlines()) == 1, err
+    assert "00003.png: is broken" in err
+    assert time.monotonic() - started < 60
+
+
+def test_without_torchrun_there_is_no_group(run):
+    assert run("warmup", "warmup.crdomix=false")[0] == 0
+    assert not dist.is_initialized()
+    assert (processes.world(), processes.rank(), processes.alone()) == (1, 0, None)
+
+
+# ---------------------------------------------------------------- the death of one
+
+LOST = "warmup.py: another process of this job has died or cannot be reached; the same command goes on from the last checkpoint"
+
+
+def test_a_killed_process_ends_the_others_and_is_made_up_for(stages, dataset):
+    """Killed in step 10 of two processes; the rest of the steps by one, in as many parts."""
+    options = ("warmup.crdomix=false", "warmup.steps=12", "save_every=4", "workers=1")
+    runs = dataset / "runs"
+    ok(stages(1, "warmup", *options, "name=undisturbed", "accumulate=2"))
+    started = time.monotonic()
+    codes, _, err = stages(2, "warmup", *options, signal_at=(10, signal.SIGKILL))
+    assert (codes, err) == ([1, -signal.SIGKILL], LOST + "\n")
+    assert time.monotonic() - started < 60
+    assert state(runs / "test/warmup.unfinished.pth")["step"] == 8
+    ok(stages(1, "warmup", *options, "accumulate=2"))
+    found, undisturbed = (state(runs / name / "warmup.pth") for name in ("test", "undisturbed"))
+    assert all(same(found[part], undisturbed[part]) for part in ("student", "teacher"))
+
+
+def test_torchrun_restarts_a_killed_process_and_the_others(stages, dataset):
+    """The first process, which holds the folder's lock, is killed after a checkpoint; the job ends as if it had not been."""
+    options = ("warmup.crdomix=false", "warmup.steps=16", "save_every=4", "workers=1")
+    runs = dataset / "runs"
+    ok(stages(1, "warmup", *options, "name=undisturbed", "accumulate=2"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1",
+               str(ROOT / "warmup.py"), "--cfg", str(dataset / "test.yaml"), *options]  # fmt: skip
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    agent = subprocess.Popen(command, cwd=dataset, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+    while not (runs / "test/warmup.unfinished.pth").exists() and agent.poll() is None:
+        time.sleep(0.02)
+    first = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()[0]
+    os.kill(int(first), signal.SIGKILL)
+    _, err = agent.communicate(timeout=120)
+    assert agent.returncode == 0, err
+    assert [line for line in err.splitlines() if line.startswith("warmup.py")] == [LOST]
+    found, undisturbed = (state(runs / name / "warmup.pth") for name in ("test", "undisturbed"))
+    assert all(same(found[part], undisturbed[part]) for part in ("student", "teacher"))
