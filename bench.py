@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.tensorboard import SummaryWriter
 
 import selftrain
 import translate_cyclegan
@@ -75,6 +76,10 @@ def main():
                 raise UserError(f"--parts {part} must be of {PARTS}")
             figures[part] = MEASURES[part](cfg, args.steps)
             print(f"{part}: " + ", ".join(f"{key} {value:.4g}" for key, value in figures[part].items()), flush=True)
+    asked = load_config(args.cfg, args.overrides)
+    steps = {"warmup": asked.warmup.steps, "selftrain": asked.selftrain.steps * asked.selftrain.rounds}
+    figures["hours"] = {s: figures[s]["seconds"] * n / 3600 for s, n in steps.items() if s in figures}
+    print("hours of training: " + ", ".join(f"{stage} {hours:.3g}" for stage, hours in figures["hours"].items()))
     write_text(args.out, json.dumps(figures, indent=1) + "\n")
 
 
@@ -257,7 +262,7 @@ def measure_teacher(cfg, steps):
 
 
 def measure_checkpoint(cfg, steps):
-    """Writing a checkpoint, and its share of a warm-up at the configuration's save_every."""
+    """Writing a checkpoint, and sample pictures, and their share of a warm-up at the configuration's intervals."""
     run, parts = Timed(cfg, "warmup", "warmup", steps, lambda _, state: parts.append(state) or (lambda: None)), []
     run.is_finished(True)
     warmup.train(run)
@@ -266,8 +271,17 @@ def measure_checkpoint(cfg, steps):
         started = now(run.device)
         Run.save(run, run.unfinished, 0, parts[0])
         times.append(now(run.device) - started)
-    between = statistics.median(run.times[0][2:]) * cfg.save_every
-    return {"seconds": statistics.median(times), "share_percent": 100 * statistics.median(times) / between}
+    pictures = {f"image_{k}": torch.rand(1, 3, *cfg.crop, device=run.device) for k in range(4)}
+    pictures |= {f"labels_{k}": torch.randint(2, (1, *cfg.crop), device=run.device) for k in range(3)}
+    run.shows, shown = 1, []
+    with SummaryWriter(run.folder / "tensorboard") as run.writer:
+        for _ in range(3):
+            started = now(run.device)
+            run.show(**pictures)
+            shown.append(now(run.device) - started)
+    step, seconds, of_pictures = map(statistics.median, (run.times[0][2:], times, shown))
+    return {"seconds": seconds, "share_percent": 100 * seconds / (step * cfg.save_every),
+            "pictures": of_pictures, "pictures_percent": 100 * of_pictures / (step * cfg.pictures_every)}  # fmt: skip
 
 
 def compare(configs, steps, blocks=3):

@@ -60,7 +60,7 @@ _locks = {}  # of the folders that this process trains in
 def _unlock(folder, file):
     """Closes the lock; a folder in which nothing came of it goes too."""
     file.close()
-    if [path.name for path in folder.iterdir()] == [".lock"]:
+    if [path.name for path in folder.glob("*")] == [".lock"]:
         (folder / ".lock").unlink()
         with contextlib.suppress(OSError):  # other runs may be in it
             folder.rmdir()
@@ -182,7 +182,7 @@ class Run:
         self.dtype = _precision(cfg.precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.recent, self.overall, self.began = {}, {}, time.perf_counter()
-        self.parts, self.wrapped = world() * cfg.accumulate, []
+        self.parts, self.wrapped, self.shows = world() * cfg.accumulate, [], None
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
         torch.manual_seed(cfg.seed)

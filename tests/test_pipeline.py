@@ -445,6 +445,20 @@ def test_the_stages_on_a_gpu(run, precision):
         ok(run(script, "device=cuda", f"precision={precision}"))
 
 
+def test_every_part_of_the_bench_is_measured(dataset, run, monkeypatch):
+    """At sizes at which its figures mean nothing."""
+    import bench
+
+    monkeypatch.chdir(dataset)
+    out = ok(run("bench", "--steps", "1", "model.channels=32"))
+    figures = json.loads((dataset / "bench.json").read_text())
+    for part in bench.PARTS.split(","):
+        assert all(value > 0 for value in figures[part].values()), part
+        assert f"{part}: " in out
+    assert figures["hours"]["selftrain"] == figures["selftrain"]["seconds"] * 4 * 2 / 3600
+    assert [path.name for path in dataset.glob("runs*")] == []
+
+
 # ---------------------------------------------------------------- the built-in benchmark
 
 
