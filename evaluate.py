@@ -20,7 +20,7 @@ from config import UserError, checked, classes, label_values, load_config
 from datasets import Folder, Images, Video, Whole
 from engine import Run, arguments, command
 from files import find, load_tensors, write_atomically, write_text
-from images import paint, read_image, resize, video_writer, write_image
+from images import image_writer, paint, read_image, resize, video_writer, write_image
 from losses import upsample
 from metrics import ConfusionMatrix, predictions
 from models import load_segmenter
@@ -128,19 +128,22 @@ def what_to_segment(cfg, folder=None):
 def segment(run, model, whole, out, name, pictured=(), ids=False):
     """The scores of a model on labelled images, {} on others; writes pictures of the numbers in `pictured`."""
     cfg, matrix = run.cfg, ConfusionMatrix(len(classes(run.cfg)), run.device)
-    for sample, prediction, _ in predictions(run, run.place(model), whole, cfg.evaluation.scales, cfg.evaluation.tile):
-        if "label" in sample:
-            matrix.update(run.fetch(sample["label"]), prediction)
-        if sample["index"] in pictured:
-            prediction = prediction.cpu().numpy().astype(np.uint8)
-            picture = Path(whole.images.names[sample["index"]]).with_suffix(".png")
-            write_image(out / "predictions" / name / picture, paint(prediction, cfg))
-            write_image(out / "overlays" / name / picture, overlay(sample, prediction, cfg))
-            if ids:
-                value = {k: v for v, k in sorted(label_values(cfg.val.ids, classes(cfg)).items(), reverse=True)}
-                lookup = np.array([value.get(k, 0) for k in range(256)], np.uint16)
-                values = lookup[prediction]
-                write_image(out / "ids" / name / picture, values.astype(np.uint8) if values.max() < 256 else values)
+    with image_writer() as write:
+        for sample, prediction, _ in predictions(
+            run, run.place(model), whole, cfg.evaluation.scales, cfg.evaluation.tile
+        ):
+            if "label" in sample:
+                matrix.update(run.fetch(sample["label"]), prediction)
+            if sample["index"] in pictured:
+                prediction = prediction.cpu().numpy().astype(np.uint8)
+                picture = Path(whole.images.names[sample["index"]]).with_suffix(".png")
+                write(out / "predictions" / name / picture, paint(prediction, cfg))
+                write(out / "overlays" / name / picture, overlay(sample, prediction, cfg))
+                if ids:
+                    value = {k: v for v, k in sorted(label_values(cfg.val.ids, classes(cfg)).items(), reverse=True)}
+                    lookup = np.array([value.get(k, 0) for k in range(256)], np.uint16)
+                    values = lookup[prediction]
+                    write(out / "ids" / name / picture, values.astype(np.uint8) if values.max() < 256 else values)
     return matrix.scores(classes(cfg), cfg.evaluation.subsets) if whole.images.labelled else {}
 
 

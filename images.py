@@ -3,9 +3,11 @@
 Images are RGB uint8 (H, W, 3); label maps are uint8 (H, W), classes 0 ... K-1 and 255 where a pixel is ignored.
 """
 
+import collections
 import contextlib
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -89,6 +91,22 @@ def write_image(path, image):
         temporary.write_bytes(data.tobytes())
 
     write_atomically(path, write)
+
+
+@contextlib.contextmanager
+def image_writer(threads=2):
+    """write_image in other threads, since encoding takes as long as a network does; on leaving, all files are there."""
+    pending = collections.deque()
+
+    def write(path, image):
+        pending.append(pool.submit(write_image, path, image))
+        if len(pending) > 4 * threads:
+            pending.popleft().result()
+
+    with ThreadPoolExecutor(threads) as pool:
+        yield write
+        for result in pending:
+            result.result()
 
 
 @contextlib.contextmanager

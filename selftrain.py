@@ -14,7 +14,7 @@ from config import classes, load_config
 from datasets import Aligned, Crops, Images, RecalibrationImages, Whole, loader, translated_images
 from engine import Run, arguments, command, ema_decay, set_learning_rate
 from files import find
-from images import read_label, write_image
+from images import image_writer, read_label
 from losses import Centroids, bilateral_consensus, ohem_loss, supervised_loss, symmetric_distillation
 from metrics import predictions, validate
 from models import build_optimizer, ema_update, load_segmenter, make_teacher, recalibrate_batchnorm
@@ -148,12 +148,13 @@ def train(run, init, folder):
 
 def label_target(run, model, target, centroids, folder):
     """Writes y^p for every target image as an 8-bit PNG of the image's size; yields its class means if centroids come from it."""
-    for sample, labels, outputs in predictions(run, model, Whole(target, run.cfg.target.sizes[-1]), SCALES):
-        name = target.names[sample["index"]].rpartition(".")[0] + ".png"
-        write_image(folder / name, labels.byte().cpu().numpy())
-        if run.cfg.selftrain.centroids == "target":
-            logits, features, _ = outputs[-1]
-            yield centroids.class_means(features, logits)
+    with image_writer() as write_image:
+        for sample, labels, outputs in predictions(run, model, Whole(target, run.cfg.target.sizes[-1]), SCALES):
+            name = target.names[sample["index"]].rpartition(".")[0] + ".png"
+            write_image(folder / name, labels.byte().cpu().numpy())
+            if run.cfg.selftrain.centroids == "target":
+                logits, features, _ = outputs[-1]
+                yield centroids.class_means(features, logits)
 
 
 @torch.no_grad()

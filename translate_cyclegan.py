@@ -18,7 +18,7 @@ from torch.utils.data import StackDataset, Subset
 from config import load_config
 from datasets import Aligned, Crops, Images, Whole, loader
 from engine import Run, arguments, command, progress
-from images import read_image, write_image
+from images import image_writer, read_image
 from losses import semantic_edge_loss
 from processes import from_first, gathered, rank, world
 from translators import Discriminator, Generator, init_gan, load_generator
@@ -159,13 +159,14 @@ def write(run, generator, source, weights):
     paths = [folder / name for name in source.names]
     todo = [i for i, path in enumerate(paths) if not path.exists() or path.stat().st_mtime < made]
     todo = from_first(lambda: todo)  # before any other writes one of them
-    for sample in progress(loader(run, Subset(Whole(source), todo)), desc="translated", unit="img"):
-        image, (height, width) = run.fetch(sample["image"])[None], sample["shape"]
-        image = F.pad(image, (0, -width % 4, 0, -height % 4), mode="reflect")
-        with run.autocast():
-            image = generator(image)
-        image = image[0, :, :height, :width].mul(255).round().byte().permute(1, 2, 0)
-        write_image(paths[sample["index"]], image.cpu().numpy())
+    with image_writer() as write_image:
+        for sample in progress(loader(run, Subset(Whole(source), todo)), desc="translated", unit="img"):
+            image, (height, width) = run.fetch(sample["image"])[None], sample["shape"]
+            image = F.pad(image, (0, -width % 4, 0, -height % 4), mode="reflect")
+            with run.autocast():
+                image = generator(image)
+            image = image[0, :, :height, :width].mul(255).round().byte().permute(1, 2, 0)
+            write_image(paths[sample["index"]], image.cpu().numpy())
     print(f"translator: {len(paths)} translated images are in {folder}")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, picture, save
+from conftest import CLASSES, ROOT, picture, save
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -418,7 +418,9 @@ def test_the_check_counts_what_is_there(dataset, run, config):
     for name, value in (("road", 7), ("car", 26), ("sky", 23), ("ignored", 0)):
         assert f"{name} {100 * (labels == value).mean():.2f}%" in out
     sheet = images.read_image(dataset / "runs/test/contact_sheet_source.png")
-    assert sheet.shape == (2 * 160, 3 * 2 * 213, 3)
+    assert sheet.shape == (2 * 160 + 24, 3 * 2 * 213, 3)
+    swatches = sheet[-12, 6 : 4 * 150 : 150].tolist()
+    assert swatches == [*CLASSES.values(), [0, 0, 0]]
     difference = sheet[:160, :213].astype(int) - images.resize(picture(0)[0], (160, 213))
     assert np.abs(difference).max() == 0
 
