@@ -111,6 +111,8 @@ def test_synthia_from_translation_to_two_means(world, run):
     for script in ("translate_cyclegan", "warmup", "selftrain", "evaluate"):
         out = ok(run(script, *cfg))
     assert "miou_13" in out
+    ok(run("report", world / "runs/small"))
+    assert "<th scope=\"col\">mIoU 13</th>" in (world / "runs/small/report.html").read_text(encoding="utf-8")
     entry = results(world)["selftrain"]
     present = {name: iou for name, iou in entry["iou"].items() if iou is not None}
     assert len(entry["iou"]) == 16
@@ -132,6 +134,7 @@ def test_generalization_reads_nothing_of_a_target_and_is_scored_on_three_dataset
     assert all(Path(path).is_relative_to(world / "game") for path in opened)
 
     ok(run("evaluate", *cfg))
+    ok(run("report", world / "runs/small"))
     assert {name: entry["dataset"] for name, entry in results(world).items()} == {
         "warmup": "val", "warmup_on_bdd100k": "bdd100k", "warmup_on_mapillary": "mapillary"}  # fmt: skip
     # bdd100k and mapillary hold the same pictures, so the same scores must come from their own layouts and label values
