@@ -112,7 +112,7 @@ def test_synthia_from_translation_to_two_means(world, run):
         out = ok(run(script, *cfg))
     assert "miou_13" in out
     ok(run("report", world / "runs/small"))
-    assert "<th scope=\"col\">mIoU 13</th>" in (world / "runs/small/report.html").read_text(encoding="utf-8")
+    assert '<th scope="col">mIoU 13</th>' in (world / "runs/small/report.html").read_text(encoding="utf-8")
     entry = results(world)["selftrain"]
     present = {name: iou for name, iou in entry["iou"].items() if iou is not None}
     assert len(entry["iou"]) == 16
