@@ -22,14 +22,6 @@ def test_shipped_configurations_are_valid(path):
     assert load_config(path).name
 
 
-def test_the_configuration_in_the_readme_is_valid(tmp_path):
-    text = (ROOT / "README.md").read_text().partition("```yaml\n")[2].partition("```")[0]
-    (tmp_path / "mine.yaml").write_text(text.replace("base: config.yaml", f"base: {ROOT / 'config.yaml'}"))
-    cfg = load_config(tmp_path / "mine.yaml")
-    assert cfg.name == "mine"
-    assert label_values(cfg.source.ids, classes(cfg)) == {0: 0, 1: 1, 2: 2, 255: 255}
-
-
 def test_every_key_stands_in_config_yaml_with_a_line_on_it():
     def keys(tree, prefix=""):
         for key, value in tree.items():
