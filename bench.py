@@ -132,7 +132,7 @@ def bare_step(views):
     """Student forward and backward and teacher forward, on as many random views as the step has."""
 
     def networks(run, state):
-        student, teacher = state["student"], state["teacher"]
+        student, teacher = run.compiled(state["student"]), run.compiled(state["teacher"])
         images = torch.rand(views, 3, *run.cfg.crop, device=run.device)
 
         def bare():

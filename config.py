@@ -149,6 +149,7 @@ SCHEMA = {
     "seed": integer(0, 2**31 - 1),
     "device": choice("auto", "cpu", "cuda"),
     "precision": choice("auto", "bf16", "fp16", "fp32"),
+    "compile": choice("auto", True, False),
     "workers": integer(0, 256),
     "accumulate": integer(1, 4096),
     "classes": either(

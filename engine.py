@@ -39,6 +39,7 @@ FREE_KEYS = {
     "output",
     "stages",
     "device",
+    "compile",
     "workers",
     "accumulate",
     "val",
@@ -201,12 +202,18 @@ class Run:
 
         Other passes, and checkpoints, take the network itself.
         """
+        network = self.compiled(network)
         if world() == 1:
             return network
         # some libraries' networks have parameters that nothing uses; moreover, the order in which gradients are summed then
         # is the same in the first step after a checkpoint as in any other
         self.wrapped.append(DistributedDataParallel(network, find_unused_parameters=True))
         return self.wrapped[-1]
+
+    def compiled(self, network):
+        """The network for forward passes that are alike in all steps, compiled where cfg.compile says so."""
+        wanted = self.device.type == "cuda" if self.cfg.compile == "auto" else self.cfg.compile
+        return torch.compile(network) if wanted else network
 
     def part_size(self):
         """The number of images in one of the equal parts that a step's batch is worked through in.

@@ -81,7 +81,7 @@ def train(run, init, folder):
     target_crops = Crops(cfg, run.stage, "target", target, options.batch, total, pseudo=labels, **truth)
 
     # training
-    network = run.parallel(student)
+    network, teacher_network = run.parallel(student), run.compiled(teacher)
     crops = StackDataset(source=source_crops, target=target_crops)
     crops = loader(run, crops, first * source_crops.batch_size, size)
     supervised = {"ce": supervised_loss, "ohem": ohem_loss}[cfg.supervised]
@@ -95,7 +95,7 @@ def train(run, init, folder):
             x_cdm = cross_domain_mix(x_s, y_s, batch["source"].get("translated"), draws, options.strong)
 
             with torch.no_grad(), run.autocast():
-                teacher_logits, teacher_features, _ = teacher(torch.cat([x_s, x_cdm, x_t]))
+                teacher_logits, teacher_features, _ = teacher_network(torch.cat([x_s, x_cdm, x_t]))
             y_f = centroids.assign(teacher_features[2 * size :], y_p.shape[-2:])
             y_t = {"consensus": bilateral_consensus(y_p, y_f), "probability": y_p, "feature": y_f}[options.labels]
             if options.class_mixing:

@@ -43,7 +43,7 @@ def train(run):
     optimizer = build_optimizer(student, **cfg.optimizer)
     state = {"student": student, "teacher": teacher, "optimizer": optimizer, "scaler": run.scaler}
     first = run.resume(state) or 0
-    network = run.parallel(student)
+    network, teacher_network = run.parallel(student), run.compiled(teacher)
 
     # training
     if run.stage == "warmup":
@@ -66,7 +66,7 @@ def train(run):
                 loss = ce = ce + cfg.model.auxiliary * supervised(auxiliary[:size], y_s)
             if options.distill:
                 with torch.no_grad(), run.autocast():
-                    teacher_logits, _, _ = teacher(views)
+                    teacher_logits, _, _ = teacher_network(views)
                 kd = symmetric_distillation(logits, teacher_logits, options.strong_to_weak, y_s.shape[-2:])
                 loss = ce + options.distill * kd
                 run.log(kd=kd)

@@ -438,6 +438,29 @@ def test_the_commands_as_a_user_types_them(dataset):
     assert len(failed.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.skipif(
+    "LONG" not in os.environ and not torch.cuda.is_available(), reason="needs a GPU, or LONG=1 and a minute"
+)
+def test_compiled_networks_train_alike(dataset, run, monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.fallback_random", True)  # dropout as without
+    losses = []
+    for wanted in ("false", "true"):
+        options = (
+            f"name=compile_{wanted}",
+            f"compile={wanted}",
+            "model.network=resnet18",
+            "warmup.crdomix=false",
+            "log_every=1",
+        )
+        ok(run("warmup", *options, "warmup.steps=2"))
+        # from one network, and with labels that no rounding changes
+        options = (*options, "selftrain.rounds=1", "selftrain.crdomix=false", "selftrain.labels=probability")
+        ok(run("selftrain", "--init", dataset / "runs/compile_false/warmup.pth", *options))
+        losses.append([line["loss"] for line in log(dataset / f"runs/compile_{wanted}") if "step" in line])
+    assert len(losses[0]) == 6
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_the_stages_on_a_gpu(run, precision):
