@@ -1,9 +1,9 @@
 """A first configuration for somebody's own folders: python datasets.py --init FOLDER_WITH_LABELS FOLDER_WITHOUT --out my.yaml"""
 
-import colorsys
 import os
 from pathlib import Path
 
+import cv2
 import jinja2
 import numpy as np
 import torch
@@ -174,12 +174,19 @@ def label_values(paths):
             f"{paths[0]}: such labels hold {len(colours)} values; a label holds the number of a class in every pixel"
         )
     if all(len(set(colour)) == 1 for colour in colours.values()):  # gray
-        tones = ((1, 0.9), (0.45, 0.95), (1, 0.5))
-        colours = {
-            value: [round(255 * part) for part in colorsys.hsv_to_rgb(0.618 * k % 1, *tones[k % 3])]
-            for k, value in enumerate(sorted(colours))
-        }
+        colours = dict(zip(sorted(colours), distinct_colours(len(colours)), strict=True))
     return {value: pixels[value] / pixels.sum() for value in sorted(colours)}, colours
+
+
+def distinct_colours(count):
+    """RGB colours, each of which is as far in CIELAB as can be from those before it and from black, which stands for ignored."""
+    rgb = np.stack(np.meshgrid(*[np.arange(0, 256, 36)] * 3), -1).reshape(-1, 3)
+    lab = cv2.cvtColor(np.float32(rgb[None] / 255), cv2.COLOR_RGB2LAB)[0]
+    distance, chosen = np.linalg.norm(lab, axis=1), []
+    for _ in range(count):
+        chosen.append(distance.argmax())
+        distance = np.minimum(distance, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
+    return rgb[chosen].tolist()
 
 
 def training_sizes(paths):

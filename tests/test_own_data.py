@@ -9,6 +9,7 @@ from conftest import CLASSES, IDS, paletted_png, picture, save
 from test_datasets import as_classes
 from test_pipeline import ok
 
+import own_data
 from config import load_config
 from datasets import Images
 
@@ -84,6 +85,13 @@ def test_folders_of_a_game_and_of_cityscapes(dataset, init, run):
     ok(run("evaluate", *given))
     ok(run("report", "runs/my"))
     assert (dataset / "runs/my/report.html").exists()
+
+
+def test_colours_that_can_be_told_apart():
+    colours = np.array(own_data.distinct_colours(12))
+    distance = np.linalg.norm(colours[:, None] - np.vstack([colours, [[0, 0, 0]]])[None], axis=2)
+    assert np.sort(distance)[:, 1].min() > 60
+    assert len({tuple(colour) for colour in own_data.distinct_colours(255)}) == 255
 
 
 def test_a_bare_folder_of_images_and_labels_with_a_palette(dataset, init):
