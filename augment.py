@@ -69,7 +69,8 @@ def shift_hue(images, turns):
     lower = torch.where(green == value, 2 * chroma + blue - red, 4 * chroma + red - green)
     hue = torch.where(red == value, green - blue, lower) / chroma.clamp(min=1e-8)
     sector = (hue + 6 * turns + images.new_tensor([5, 3, 1])[:, None, None]) % 6
-    return value - chroma * torch.minimum(sector, 4 - sector).clamp(0, 1)
+    turned = value - chroma * torch.minimum(sector, 4 - sector).clamp(0, 1)
+    return turned.contiguous(memory_format=torch.channels_last)  # for the convolutions that follow
 
 
 def _blend(base, images, factor):

@@ -198,6 +198,16 @@ def load_exactly(module, state, origin):
     module.load_state_dict(state)
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's, to which tensors are given as views in the order of memory: on a CPU, it copies those that are channels-last."""
+
+    def _init_group(self, group, parameters, gradients, means, squares, *more):
+        answer = super()._init_group(group, parameters, gradients, means, squares, *more)
+        for tensors in (parameters, gradients, means, squares):
+            tensors[:] = [tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor for tensor in tensors]
+        return answer
+
+
 def build_optimizer(model, name, lr_backbone, lr_head, momentum, weight_decay, **_):
     """SGD or AdamW over the parameters that are not frozen, each in one group that keeps its base rate as `base_lr`."""
     groups = []
@@ -205,7 +215,7 @@ def build_optimizer(model, name, lr_backbone, lr_head, momentum, weight_decay, *
         parameters = [p for name, p in model.named_parameters() if name.startswith("backbone.") == of_backbone]
         groups.append({"params": [p for p in parameters if p.requires_grad], "lr": rate, "base_lr": rate})
     if name == "adamw":
-        return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
+        return AdamW(groups, weight_decay=weight_decay, fused=True)
     return torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay, fused=True)
 
 
