@@ -310,12 +310,13 @@ def measure_classes(cfg, steps):
 
 
 def measure_memory(cfg, steps):
-    """The peak of a process that takes a few warm-up steps, against one whose losses are written the plain way."""
+    """The peak of a process that takes a few warm-up steps, against losses written the plain way, there and in single precision."""
     peaks = []
-    for plain in (False, True):
+    for plain, precision in ((False, cfg.precision), (True, cfg.precision), (True, "fp32")):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            peaks.append(pool.apply(_peak_gb, (_plain(cfg) | {"name": f"plain_{plain}"}, plain)))
-    return {"gb": peaks[0], "plain_gb": peaks[1], "ratio": peaks[0] / peaks[1]}
+            peaks.append(pool.apply(_peak_gb, (_plain(cfg) | {"precision": precision}, plain)))
+    ours, plain, single = peaks
+    return {"gb": ours, "plain_gb": plain, "ratio": ours / plain, "plain_fp32_gb": single, "fp32_ratio": ours / single}
 
 
 def _peak_gb(tree, plain):

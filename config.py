@@ -253,6 +253,12 @@ def load_config(path, overrides=()):
     return checked(tree, overrides, path)
 
 
+def load_saved(tree, overrides, origin):
+    """The Config of a tree, or of a file, that a run has left; keys that have come since are as in config.yaml."""
+    tree = tree if isinstance(tree, dict) else _read(tree)
+    return checked(_merge(_read(Path(__file__).parent / "config.yaml"), tree, SCHEMA), overrides, origin)
+
+
 def checked(tree, overrides, origin):
     """The Config of a tree of plain values and `key.sub=value` overrides; origin: where the tree came from, for messages."""
     for override in overrides:

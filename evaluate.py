@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import torch
 
-from config import UserError, checked, classes, label_values, load_config
+from config import UserError, classes, label_values, load_config, load_saved
 from datasets import Folder, Images, Video, Whole
 from engine import Run, arguments, command
 from files import find, load_tensors, write_atomically, write_text
@@ -48,7 +48,7 @@ def main():
     if "config" in saved:
         folder = Path(args.weights[0]).resolve().parent  # a checkpoint does not say where to write
         place = {"output": str(folder.parent), "name": folder.name}
-        cfg = checked(saved["config"] | place, args.overrides, args.weights[0])
+        cfg = load_saved(saved["config"] | place, args.overrides, args.weights[0])
     else:
         cfg = load_config(args.cfg or "config.yaml", args.overrides)
     run = Run(cfg, "evaluate", "evaluation")

@@ -18,7 +18,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from config import UserError, classes, load_config
+from config import UserError, classes, load_config, load_saved
 from engine import FREE_KEYS, command
 from evaluate import STAGES, gallery, what_to_segment
 from files import write_text
@@ -86,7 +86,13 @@ def read_run(folder):
         log = read_log(folder / "log.jsonl")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: its log or its results cannot be read ({error})") from error
-    return {"folder": folder, "config": load_config(config), "environment": environment, "results": results, "log": log}
+    return {
+        "folder": folder,
+        "config": load_saved(config, (), config),
+        "environment": environment,
+        "results": results,
+        "log": log,
+    }
 
 
 def read_log(path):

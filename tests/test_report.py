@@ -8,6 +8,8 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
+import yaml
 from conftest import CLASSES
 from test_pipeline import log, ok
 
@@ -170,3 +172,17 @@ def test_the_log_of_a_stage_that_went_on_or_began_anew(tmp_path):
 def test_what_is_no_run(dataset, run):
     code, _, error = run("report", dataset / "runs/nothing")
     assert code == 2 and error.count("\n") == 1 and "runs/demo" in error
+
+
+def test_a_run_of_a_version_with_fewer_keys(dataset, run):
+    ok(run("warmup", "warmup.crdomix=false"))
+    folder = dataset / "runs/test"
+    checkpoint = torch.load(folder / "warmup.pth", weights_only=True)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    for old in (checkpoint["config"], config):
+        del old["compile"], old["evaluation"]["tile"]
+    torch.save(checkpoint, folder / "warmup.pth")
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    ok(run("evaluate", "--cfg", "", "--weights", folder / "warmup.pth"))
+    ok(run("report", folder))
+    assert (folder / "report.html").exists()
