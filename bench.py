@@ -314,7 +314,7 @@ def measure_memory(cfg, steps):
     peaks = []
     for plain, precision in ((False, cfg.precision), (True, cfg.precision), (True, "fp32")):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            peaks.append(pool.apply(_peak_gb, (_plain(cfg) | {"precision": precision}, plain)))
+            peaks.append(pool.apply(_peak_gb, (_plain(cfg) | {"precision": precision, "name": "memory"}, plain)))
     ours, plain, single = peaks
     return {"gb": ours, "plain_gb": plain, "ratio": ours / plain, "plain_fp32_gb": single, "fp32_ratio": ours / single}
 
