@@ -212,8 +212,11 @@ class Run:
 
     def compiled(self, network):
         """The network for forward passes that are alike in all steps, compiled where cfg.compile says so."""
-        wanted = self.device.type == "cuda" if self.cfg.compile == "auto" else self.cfg.compile
-        return torch.compile(network) if wanted else network
+        automatic = self.cfg.compile == "auto"
+        if self.cfg.compile is False or (automatic and self.device.type == "cpu"):
+            return network
+        torch._dynamo.config.suppress_errors = automatic  # on a machine without a compiler, say, it goes on without
+        return torch.compile(network)
 
     def part_size(self):
         """The number of images in one of the equal parts that a step's batch is worked through in.
