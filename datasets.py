@@ -8,7 +8,6 @@ import functools
 import signal
 import zlib
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, StackDataset
 from augment import DRAWS
 from config import Config, UserError, classes, label_values, load_config
 from engine import arguments, command, forget_locks, progress
-from images import legend, paint, read_image, read_label, resize, write_image
+from images import legend, paint, read_image, read_label, resize, threads, write_image
 from processes import rank, world
 
 IGNORED, NO_CLASS = 255, 254
@@ -123,8 +122,8 @@ class Images(Folder):
             self.table = np.full(65536, NO_CLASS, np.uint8)
             for value, k in label_values(spec.ids, classes(cfg)).items():
                 self.table[value] = k
-        with ThreadPoolExecutor(4) as pool:
-            list(pool.map(self._check, np.unique(np.linspace(0, len(self.names) - 1, 256, dtype=int)).tolist()))
+        some = np.unique(np.linspace(0, len(self.names) - 1, 256, dtype=int)).tolist()
+        list(threads.map(self._check, some))
 
     def _check(self, i):
         if self.labelled:
@@ -380,11 +379,10 @@ def main():
 def check(cfg, domain, images, shown=12):
     """Reads every file of Images; prints their number, sizes and class shares, writes a contact sheet to the run's folder."""
     sizes, pixels, bar = Counter(), np.zeros(256, np.int64), progress(total=len(images), desc=domain)
-    with ThreadPoolExecutor() as pool:
-        for size, counts in pool.map(functools.partial(_count, images), range(len(images))):
-            sizes[size] += 1
-            pixels += counts
-            bar.update()
+    for size, counts in threads.map(functools.partial(_count, images), range(len(images))):
+        sizes[size] += 1
+        pixels += counts
+        bar.update()
     bar.close()
     print(f"{domain}: {len(images)} images in {images.folder}{'' if images.labelled else ', labels not read'}")
     print("  sizes: " + ", ".join(f"{n} of {w}x{h}" for (h, w), n in sizes.most_common(5)))

@@ -7,7 +7,7 @@ import collections
 import contextlib
 import struct
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import cv2
@@ -17,6 +17,9 @@ from config import UserError, classes
 from files import write_atomically
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# All threads that use OpenCV beside the main one. They are never ended: an ending thread holds a lock of OpenCV's, for which a
+# loader's process that is forked in that moment would wait without end.
+threads = ThreadPoolExecutor(4)
 
 
 def read_image(path):
@@ -94,19 +97,21 @@ def write_image(path, image):
 
 
 @contextlib.contextmanager
-def image_writer(threads=2):
+def image_writer():
     """write_image in other threads, since encoding takes as long as a network does; on leaving, all files are there."""
     pending = collections.deque()
 
     def write(path, image):
-        pending.append(pool.submit(write_image, path, image))
-        if len(pending) > 4 * threads:
+        pending.append(threads.submit(write_image, path, image))
+        if len(pending) > 8:
             pending.popleft().result()
 
-    with ThreadPoolExecutor(threads) as pool:
+    try:
         yield write
-        for result in pending:
-            result.result()
+    finally:
+        wait(pending)
+    for result in pending:
+        result.result()
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Layouts, reading, geometry, and the one line for files that cannot be used."""
 
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 
@@ -10,7 +11,7 @@ from conftest import CLASSES, IDS, SIZE, paletted_png, picture, save
 import datasets
 from config import UserError
 from datasets import Aligned, Crops, Images, Whole, list_images
-from images import read_image, read_label, resize
+from images import image_writer, read_image, read_label, resize, write_image
 
 
 def as_classes(label):
@@ -333,3 +334,24 @@ def test_whole_images_keep_their_proportions(dataset):
     sample = Whole(datasets.Folder(dataset / "own"), [50, 100])[0]
     assert sample["image"].shape == (100, 50, 3)
     assert Whole(datasets.Folder(dataset / "own"), [20, 40])[0]["image"].shape == (40, 20, 3)
+
+
+def test_threads_that_have_used_opencv_do_not_end(dataset, config, monkeypatch):
+    """A process forked while one ends could wait for OpenCV's lock for ever: 3 of 500 did."""
+    used = set()
+
+    def noted(function):
+        def call(*arguments):
+            used.add(threading.current_thread())
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr("datasets.read_image", noted(read_image))
+    monkeypatch.setattr("images.write_image", noted(write_image))
+    image = Images(config(), "source", labelled=True).image(0)
+    with image_writer() as write:
+        for i in range(9):
+            write(dataset / f"{i}.png", image)
+    assert len(used - {threading.main_thread()}) > 0
+    assert all(thread.is_alive() for thread in used)
