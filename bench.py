@@ -148,16 +148,11 @@ def bare_step(views):
     return networks
 
 
-def hours(seconds, steps):
-    return {"hours": seconds * steps / 3600}
-
-
 def measure_warmup(cfg, steps):
     run = Timed(cfg, "warmup", "warmup", steps, bare_step(2 * sum(cfg.warmup.batch)))
     run.is_finished(True)
     warmup.train(run)
-    figures = ratio(*run.times)
-    return figures | {"memory_gb": _memory_gb(run.device)} | hours(figures["seconds"], cfg.warmup.steps)
+    return ratio(*run.times) | {"memory_gb": _memory_gb(run.device)}
 
 
 def warmed_up(cfg):
@@ -174,8 +169,7 @@ def measure_selftrain(cfg, steps):
     init = warmed_up(cfg)
     run.is_finished(True)
     selftrain.train(run, init, run.folder / "pseudo_labels")
-    figures = ratio(*run.times)
-    return figures | {"memory_gb": _memory_gb(run.device)} | hours(figures["seconds"], 2 * cfg.selftrain.steps)
+    return ratio(*run.times) | {"memory_gb": _memory_gb(run.device)}
 
 
 def measure_loader(cfg, steps):
