@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import cv2
+import jinja2
 import torch
 
 from config import UserError
@@ -30,6 +31,19 @@ def write_atomically(path, write):
 
 def write_text(path, text):
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def render(path, template, /, **values):
+    """Writes a template that lies beside this file, filled with `values`; what goes into HTML is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=jinja2.select_autoescape(["html.jinja"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    write_text(path, environment.get_template(template).render(values))
 
 
 def load_tensors(path):

@@ -4,91 +4,16 @@ import os
 from pathlib import Path
 
 import cv2
-import jinja2
 import numpy as np
 import torch
 
 from config import UserError, load_config
 from datasets import LAYOUTS, list_images
-from files import write_text
+from files import render
 from images import read_image, read_label
 
 SAMPLED = 200  # files that are looked into
 LARGEST = 1052 * 1914  # pixels of an image in training: GTA5's
-
-TEMPLATE = """\
-# Written from the files in {{ source.root }} and {{ target.root }}. Go through it once, then
-#   python datasets.py --check --cfg {{ path }}     # and look at the contact sheets: do labels and images fit?
-#   bash run_all.sh {{ path }}
-base: {{ base }}     # explains these keys and all others
-name: {{ path.stem }}     # results go to runs/{{ path.stem }}
-stages: [source_only, translate, warmup, selftrain]
-workers: {{ workers }}     # processes that load images
-
-{% if known %}
-classes: cityscapes
-{% else %}
-# The classes of your labels: give each its name, here and in ids below. The check's contact sheet shows which is which.
-classes:
-{% for value in values if value != 255 %}
-  class_{{ value }}: {{ colours[value] | tojson }}
-{% endfor %}
-{% endif %}
-
-source:     # {{ source.images | length }} images, {{ source.labels | length }} of them with labels
-  layout: {{ source.layout }}
-  root: {{ source.root | string | tojson }}
-  split: {{ source.split | tojson }}
-{% if known %}
-  ids: {{ known }}
-{% else %}
-  # Which label value is which class. What is no class (void, unlabelled, the own car) gets null here, and no line above;
-  # several values may share a name.
-  ids: &ids
-{% for value in values %}
-    {{ value }}: {{ "null" if value == 255 else "class_%s" | format(value) }}     # {{ "%.2f" | format(100 * shares[value]) }}% of the pixels
-{% endfor %}
-{% endif %}
-  sizes: {{ sizes.source | tojson }}     # [height, width] that images are scaled to in training: low and full
-
-target:     # {{ target.images | length }} images{{ ", whose labels are not used" if target.labels else "" }}
-  layout: {{ target.layout }}
-  root: {{ target.root | string | tojson }}
-  split: {{ target.split | tojson }}
-  ids: {{ ids }}
-  sizes: {{ sizes.target | tojson }}
-
-{% if val %}
-val:     # {{ val.images | length }} labelled images that no stage trains on: what results.json is about
-  layout: {{ val.layout }}
-  root: {{ val.root | string | tojson }}
-  split: {{ val.split | tojson }}
-  ids: {{ ids }}
-  size: {{ sizes.target[1] | tojson }}
-{% else %}
-# No labelled images of the target were found to score with. If there are some, name them here as under source.
-val: {root: null, size: {{ sizes.target[1] | tojson }}}
-{% endif %}
-
-crop: {{ crop | tojson }}     # of both, in training
-{% if gpu %}
-translation: {crop: {{ translation_crop | tojson }}, steps: 50000}
-warmup: {steps: 20000}     # the paper takes 80000, for 25000 images
-selftrain: {steps: 20000}     # in each round
-{% else %}
-
-# No GPU was found: a small network and few steps; an hour or so on two cores. With a GPU, strike the lines below but for crop.
-translation: {crop: {{ translation_crop | tojson }}, steps: 1200, batch: [0, 1], filters: 24, blocks: 4}
-model: {network: mobilenet_v2, output_stride: 16, channels: 128, weights: imagenet}     # downloaded once; or a file
-optimizer: {name: adamw, lr_backbone: 3e-4, lr_head: 1e-3, weight_decay: 0.01}
-ema_limit: 0.99
-bn_images: 120
-warmup: {steps: 1000, batch: [2, 2]}
-selftrain: {steps: 250, batch: [2, 2]}     # in each round
-pictures_every: 250
-save_every: 100
-{% endif %}
-"""
 
 
 def write_config(source, target, path):
@@ -123,12 +48,11 @@ def write_config(source, target, path):
     print("label values: " + ", ".join(f"{value} ({share:.1%})" for value, share in shares.items()))
     sizes = {name: training_sizes(found[name]["images"]) for name in ("source", "target")}
     smallest = np.minimum(sizes["source"][0], sizes["target"][0])
-    text = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined).from_string(TEMPLATE).render(
-        **found, path=path, base=os.path.relpath(Path(__file__).parent / "config.yaml", path.parent), known=known,
+    render(
+        path, "own_data.yaml.jinja", **found, path=path, base=os.path.relpath(Path(__file__).parent / "config.yaml", path.parent), known=known,
         ids=known or "*ids", values=list(shares), shares=shares, colours=colours, sizes=sizes, gpu=torch.cuda.is_available(), workers=min(os.cpu_count(), 8),
         crop=(smallest * 5 // 6 // 16 * 16).tolist(), translation_crop=np.maximum(smallest // 2 // 4 * 4, 32).tolist(),
     )  # fmt: skip
-    write_text(path, text)
     load_config(path)
     print(f"{path}: written; go through it, then python datasets.py --check --cfg {path}")
 

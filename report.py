@@ -13,7 +13,6 @@ import statistics
 from pathlib import Path
 
 import cv2
-import jinja2
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
@@ -21,7 +20,7 @@ from matplotlib.figure import Figure
 from config import UserError, classes, load_config, load_saved
 from engine import FREE_KEYS, command
 from evaluate import STAGES, gallery, what_to_segment
-from files import write_text
+from files import render
 from images import read_image, resize
 
 TITLES = {
@@ -64,11 +63,7 @@ def main():
         path, page = runs[0]["folder"] / "report.html", about(runs[0])
     else:
         path, page = runs[0]["folder"].parent / "comparison.html", side_by_side(runs)
-    template = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    ).get_template("report.jinja")  # fmt: skip
-    write_text(path, template.render(titles=TITLES, **page))
+    render(path, "report.html.jinja", titles=TITLES, **page)
     print(f"report: {path}")
 
 
