@@ -319,10 +319,7 @@ def loader(run, dataset, first=0, batch_size=None):
 def _set_up_worker(_):
     cv2.setNumThreads(1)
     forget_locks()
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # sent to the whole group, they are for the training itself to answer
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group, for the training itself to answer
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -69,9 +69,7 @@ def tiled(model, images, tile):
     rows, columns = _tiles(height, tile[height > width]), _tiles(width, tile[height <= width])
     if len(rows) == len(columns) == 1:
         return model(images)
-    layers = [
-        m for m in model.modules() if isinstance(m, nn.GroupNorm) or getattr(m, "output_size", None) in (1, (1, 1))
-    ]
+    layers = [m for m in model.modules() if isinstance(m, nn.GroupNorm) or getattr(m, "output_size", 0) in (1, (1, 1))]
     here, sums, known = None, {}, {}
 
     def kept(maps):
@@ -112,15 +110,8 @@ def _tiles(side, tile):
     """Tiles along a side: (first, end, first and end of what is kept of it)."""
     count = max(math.ceil(2 * side / tile) - 1, 1)
     half, quarter = tile // 2, tile // 4
-    return [
-        (
-            k * half,
-            k * half + tile if k + 1 < count else side,
-            quarter * (k > 0),
-            3 * quarter if k + 1 < count else None,
-        )
-        for k in range(count)
-    ]
+    tiles = [(k * half, k * half + tile, quarter * (k > 0), 3 * quarter) for k in range(count)]
+    return [*tiles[:-1], (tiles[-1][0], side, tiles[-1][2], None)]
 
 
 @torch.no_grad()

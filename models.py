@@ -112,11 +112,11 @@ def backbone_weights(state):
     state = {k: v for k, v in state.items() if not k.startswith(("fc.", "classifier.", "features.18.", "layer5."))}
     if caffe:
         state["conv1.weight"] = state["conv1.weight"].flip(1)
-    for key in [
-        key for key in state if key.endswith("running_var")
-    ]:  # counters that files of old PyTorch versions lack
-        state.setdefault(key.replace("running_var", "num_batches_tracked"), torch.tensor(0))
-    return state
+    norms = [key.removesuffix("running_var") for key in state if key.endswith("running_var")]
+    counters = {
+        f"{norm}num_batches_tracked": torch.tensor(0) for norm in norms
+    }  # which old PyTorch versions did not have
+    return counters | state
 
 
 def _smp(name, num_classes, weights):

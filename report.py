@@ -161,7 +161,7 @@ def scores_chart(results):
         gap = gap_closed(results, stage)
         words = f" {entry['miou']:.1f}" + (f" ({gap:.0f}%)" if gap is not None else "")
         axes.text(entry["miou"], row, words, va="center")
-    for stage in {"source_only", "oracle"} & results.keys():
+    for stage in sorted({"source_only", "oracle"} & results.keys()):  # in one order, whatever the hashes
         axes.axvline(results[stage]["miou"], color=INK, linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(results)), [TITLES.get(stage, stage) for stage in results])
     axes.invert_yaxis()
@@ -216,48 +216,44 @@ def line_chart(lines, name):
 
 def svg(figure, name):
     """A figure as inline SVG: in the page's text colour, with ids of its own, without size, so that it fits where it stands."""
-    with io.StringIO() as file:
-        figure.savefig(
-            file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        )
-        text = file.getvalue()
+    file, nothing = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    text = file.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
     text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", text)
-    return re.sub(
-        r'(<svg [^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg [^>]*?) height="[^"]*"', r"\1", text, count=1), count=1
-    )
+    for side in ("width", "height"):
+        text = re.sub(rf'(<svg [^>]*?) {side}="[^"]*"', r"\1", text, count=1)
+    return text
 
 
 # ---------------------------------------------------------------- pictures
 
 
 def pictures(run, rows=4):
-    """Rows of (title, what it shows in words, picture): an image, what each stage makes of it, and its label if it has one."""
+    """Rows of tiles: an image, what each stage makes of it, and its label if it has one."""
     cfg, made = run["config"], run["folder"] / "predictions"
     stages = [stage for stage in STAGES if (made / stage).is_dir() and stage != "selftrain_round1"]
     try:
         whole = next(iter(what_to_segment(cfg).values())) if stages else None
     except UserError:  # the images have been moved since
         return []
-    return [
-        [
-            (TITLES.get(title, title), in_words(picture, cfg), embedded(picture, title != "image"))
-            for title, picture in tiles
-        ]
-        for tiles in (gallery(run["folder"], whole, stages, cfg, rows) if stages else ())
-    ]
+    shown = gallery(run["folder"], whole, stages, cfg, rows) if stages else ()
+    return [[tile(TITLES.get(t, t), picture, t != "image", cfg) for t, picture in tiles] for tiles in shown]
 
 
 def samples(run):
+    """Rows of tiles by their titles: what training saw last."""
     rows = {}
     for title, (stage, names) in SAMPLES.items():
         paths = [run["folder"] / "samples" / stage / f"{name}.png" for name in names]
-        tiles = [(path.stem.replace("_", " "), read_image(path)) for path in paths if path.is_file()]
-        tiles = [
-            (words, in_words(picture, run["config"]), embedded(picture, "label" in words)) for words, picture in tiles
-        ]
-        rows |= {title: tiles} if tiles else {}
-    return rows
+        rows[title] = [tile(path.stem.replace("_", " "), read_image(path), "label" in path.stem, run["config"])
+                       for path in paths if path.is_file()]  # fmt: skip
+    return {title: tiles for title, tiles in rows.items() if tiles}
+
+
+def tile(title, picture, painted, cfg):
+    """(title, what it shows in words, picture as a data URI)."""
+    return title, in_words(picture, cfg), embedded(picture, painted)
 
 
 def in_words(picture, cfg):
@@ -287,22 +283,16 @@ def side_by_side(runs):
         settings = {k: v for k, v in flat(run["config"]).items() if k.split(".")[0] not in FREE_KEYS | {"seed"}}
         groups.setdefault(json.dumps(settings), []).append(run)
     settings = [json.loads(key) for key in groups]
-    stages = [
-        s
-        for s in dict.fromkeys([*STAGES, *(s for run in runs for s in run["results"])])
-        if any(s in r["results"] for r in runs)
-    ]
+    there = dict.fromkeys(stage for run in runs for stage in run["results"])
+    stages = sorted(there, key=[*STAGES, *there].index)
     names = dict.fromkeys(name for run in runs for name in classes(run["config"]))
 
     def figures(read):
         """Per group: mean, spread (None for one run), and the figures of its runs."""
         for group in groups.values():
             values = [x for x in map(read, group) if x is not None]
-            yield (
-                statistics.mean(values) if values else None,
-                statistics.stdev(values) if len(values) > 1 else None,
-                values,
-            )
+            spread = statistics.stdev(values) if len(values) > 1 else None
+            yield statistics.mean(values) if values else None, spread, values
 
     last = next((s for s in ("selftrain", "warmup", "source_only") if any(s in r["results"] for r in runs)), None)
     rows = {"miou": {s: list(figures(lambda r, s=s: r["results"].get(s, {}).get("miou"))) for s in stages}}
