@@ -300,15 +300,24 @@ class Run:
             write_text(self.folder / "environment.json", json.dumps(_environment(self.device), indent=1) + "\n")
 
     def resume(self, state):
-        """Loads the unfinished checkpoint into `state`. Returns the number of steps done, None without a checkpoint."""
+        """Loads the unfinished checkpoint into `state`. Returns the number of steps done, None without a checkpoint.
+
+        Raises UserError for a checkpoint that does not fit.
+        """
         if not self.unfinished.exists():
             return None
         saved = load_tensors(self.unfinished)
-        for name, part in state.items():
-            part.load_state_dict(saved[name])
-        self.overall = saved["overall"]
-        self.began -= saved["seconds"]
-        return saved["step"]
+        try:
+            for name, part in state.items():
+                part.load_state_dict(saved[name])
+            self.overall = saved["overall"]
+            self.began -= saved["seconds"]
+            return saved["step"]
+        except (KeyError, ValueError, RuntimeError) as error:  # what load_state_dict raises
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(
+                f"{self.unfinished}: was left by another version of this code ({reason}); remove it, and the stage begins anew"
+            ) from error
 
     def save(self, path, step, state, **more):
         if rank() > 0:

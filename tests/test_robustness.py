@@ -19,6 +19,7 @@ from conftest import CLASSES, ROOT, picture, save
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import engine
 import files
 import images
 from config import SCHEMA, Config, UserError, load_config
@@ -120,6 +121,27 @@ def test_a_signal_ends_the_stage_after_the_step_with_a_checkpoint(dataset, run, 
     assert 0 < saved["step"] < 400
     last = json.loads(log.read_text().splitlines()[-1])
     assert last["step"] == saved["step"]
+
+
+@pytest.mark.parametrize("damage", [lambda saved: saved.pop("seconds"), lambda saved: saved["student"].popitem(),
+                                    lambda saved: saved["optimizer"]["param_groups"].pop()])  # fmt: skip
+def test_an_unfinished_checkpoint_of_another_version(dataset, run, monkeypatch, damage):
+    def killed(self, steps, state):
+        raise OSError
+
+    options = ("warmup.crdomix=false", "save_every=1")
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(engine.Run, "finish", killed)
+        run("warmup", *options)
+    path = dataset / "runs/test/warmup.unfinished.pth"
+    saved = torch.load(path, weights_only=True)
+    damage(saved)
+    torch.save(saved, path)
+    code, _, err = run("warmup", *options)
+    assert code == 2 and err.count("\n") == 1, err
+    assert f"{path}: was left by another version" in err
+    path.unlink()
+    assert run("warmup", *options)[0] == 0
 
 
 def test_two_stages_in_one_folder(dataset):
