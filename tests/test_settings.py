@@ -121,6 +121,16 @@ def test_synthia_from_translation_to_two_means(world, run):
     assert entry["miou_13"] == pytest.approx(np.mean(thirteen), abs=2e-3)
 
 
+def test_the_same_pictures_train_the_same_network_in_either_layout(world, run):
+    trained = {}
+    for layout, root, ids in (("gta5", "game", "cityscapes"), ("synthia", "synthia", "synthia")):
+        source = [f"source.layout={layout}", f"source.root={world / root}", f"source.ids={ids}"]
+        ok(run("warmup", f"name={layout}", "warmup.crdomix=false", *source))
+        trained[layout] = torch.load(world / f"runs/{layout}/warmup.pth", weights_only=True)["student"]
+    for name, value in trained["gta5"].items():
+        assert torch.equal(value, trained["synthia"][name]), name
+
+
 def test_generalization_reads_nothing_of_a_target_and_is_scored_on_three_datasets(world, run, monkeypatch):
     more = [f"source.root={world}/game", f"more_val.bdd100k.root={world}/bdd",
             f"more_val.mapillary.root={world}/mapillary", "more_val.bdd100k.size=[48,64]",
