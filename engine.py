@@ -316,7 +316,8 @@ class Run:
         except (KeyError, ValueError, RuntimeError) as error:  # what load_state_dict raises
             reason = " ".join(str(error).split())[:120]
             raise UserError(
-                f"{self.unfinished}: was left by another version of this code ({reason}); remove it, and the stage begins anew"
+                f"{self.unfinished}: does not fit this version of the code, or this device ({reason}); remove it, and the "
+                "stage begins anew"
             ) from error
 
     def save(self, path, step, state, **more):

@@ -113,10 +113,8 @@ def backbone_weights(state):
     if caffe:
         state["conv1.weight"] = state["conv1.weight"].flip(1)
     norms = [key.removesuffix("running_var") for key in state if key.endswith("running_var")]
-    counters = {
-        f"{norm}num_batches_tracked": torch.tensor(0) for norm in norms
-    }  # which old PyTorch versions did not have
-    return counters | state
+    # old PyTorch versions did not count batches
+    return {f"{norm}num_batches_tracked": torch.tensor(0) for norm in norms} | state
 
 
 def _smp(name, num_classes, weights):

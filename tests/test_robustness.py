@@ -139,7 +139,7 @@ def test_an_unfinished_checkpoint_of_another_version(dataset, run, monkeypatch, 
     torch.save(saved, path)
     code, _, err = run("warmup", *options)
     assert code == 2 and err.count("\n") == 1, err
-    assert f"{path}: was left by another version" in err
+    assert f"{path}: does not fit this version" in err
     path.unlink()
     assert run("warmup", *options)[0] == 0
 
