@@ -1,16 +1,19 @@
 """The report: every number in it against results.json and log.jsonl, and that it needs nothing but itself."""
 
 import json
+import os
 import re
 import shutil
 import statistics
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import CLASSES
+from conftest import CLASSES, ROOT
 from test_pipeline import log, ok
 
 from images import read_image
@@ -186,3 +189,13 @@ def test_a_run_of_a_version_with_fewer_keys(dataset, run):
     ok(run("evaluate", "--cfg", "", "--weights", folder / "warmup.pth"))
     ok(run("report", folder))
     assert (folder / "report.html").exists()
+
+
+def test_the_same_results_give_the_same_chart_whatever_the_hashes():
+    code = "from report import scores_chart; print(scores_chart({'source_only': {'miou': 30}, 'oracle': {'miou': 60}}))"
+    charts = {
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": seed}, text=True,
+                       capture_output=True, check=True).stdout
+        for seed in ("0", "1")
+    }  # fmt: skip
+    assert len(charts) == 1
