@@ -181,7 +181,7 @@ def export(model, cfg, path):
             return upsample(self.segmenter(image)[0], image.shape[-2:])
 
     size = cfg.val.size or cfg.crop
-    sides = {2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
+    sides = dict.fromkeys((2, 3), torch.export.Dim.DYNAMIC)
     network = Network().eval()
     program = torch.onnx.export(network, (torch.zeros(1, 3, *size),), dynamo=True, verbose=False,
         input_names=["image"], output_names=["logits"], dynamic_shapes=[sides])  # fmt: skip

@@ -199,9 +199,9 @@ def load_exactly(module, state, origin):
 class AdamW(torch.optim.AdamW):
     """torch's, to which tensors are given as views in the order of memory: on a CPU, it copies those that are channels-last."""
 
-    def _init_group(self, group, parameters, gradients, means, squares, *more):
-        answer = super()._init_group(group, parameters, gradients, means, squares, *more)
-        for tensors in (parameters, gradients, means, squares):
+    def _init_group(self, group, *lists):
+        answer = super()._init_group(group, *lists)  # which fills them: parameters, gradients, means, ...
+        for tensors in lists:
             tensors[:] = [tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor for tensor in tensors]
         return answer
 
