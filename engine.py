@@ -185,7 +185,6 @@ class Run:
         self.recent, self.overall, self.began = {}, {}, time.perf_counter()
         self.parts, self.wrapped, self.shows = world() * cfg.accumulate, [], None
         torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")
         torch.manual_seed(cfg.seed)
         cv2.setNumThreads(1)
 
