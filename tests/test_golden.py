@@ -16,8 +16,13 @@ import models
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def golden(name):
-    return {key: torch.from_numpy(np.asarray(value)) for key, value in np.load(GOLDEN / f"{name}.npz").items()}
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+on_each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=no_gpu)])
+
+
+def golden(name, device="cpu"):
+    data = np.load(GOLDEN / f"{name}.npz")
+    return {key: torch.from_numpy(np.asarray(value)).to(device) for key, value in data.items()}
 
 
 def equal(ours, theirs):
@@ -25,8 +30,9 @@ def equal(ours, theirs):
     torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
 
 
-def test_supervised_loss_and_its_gradient():
-    data = golden("supervised_ce")
+@on_each_device
+def test_supervised_loss_and_its_gradient(device):
+    data = golden("supervised_ce", device)
     logits = data["logits"].requires_grad_()
     loss = losses.supervised_loss(logits, data["labels"])
     loss.backward()
@@ -34,8 +40,9 @@ def test_supervised_loss_and_its_gradient():
     equal(logits.grad, data["grad"])
 
 
-def test_symmetric_distillation_and_its_gradient():
-    data = golden("symmetric_kd")
+@on_each_device
+def test_symmetric_distillation_and_its_gradient(device):
+    data = golden("symmetric_kd", device)
     student = data["student_logits"].requires_grad_()
     teacher = data["teacher_logits"].requires_grad_()
     loss = losses.symmetric_distillation(student, teacher, strong_to_weak=0.5)
@@ -45,10 +52,11 @@ def test_symmetric_distillation_and_its_gradient():
     assert teacher.grad is None
 
 
+@on_each_device
 @pytest.mark.parametrize("labelled", [True, False])
-def test_class_means(labelled):
-    data = golden("class_means")
-    centroids = losses.Centroids(19, 256)
+def test_class_means(labelled, device):
+    data = golden("class_means", device)
+    centroids = losses.Centroids(19, 256).to(device)
     means, classes = centroids.class_means(data["features"], data["logits"], data["labels"] if labelled else None)
     suffix = "with_labels" if labelled else "without_labels"
     assert classes.tolist() == data[f"ids_{suffix}"].tolist()
