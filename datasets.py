@@ -7,7 +7,6 @@ python datasets.py --check --cfg my.yaml
 import functools
 import signal
 import zlib
-from collections import Counter
 from pathlib import Path
 
 import cv2
@@ -17,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset, StackDataset
 
 from augment import DRAWS
 from config import Config, UserError, classes, label_values, load_config
-from engine import arguments, command, forget_locks, progress
-from images import legend, paint, read_image, read_label, resize, threads, write_image
+from engine import arguments, command, forget_locks
+from images import read_image, read_label, resize, threads
 from processes import rank, world
 
 IGNORED, NO_CLASS = 255, 254
@@ -349,7 +348,7 @@ class RecalibrationImages:
             yield torch.cat([part["image"] for part in self.run.fetch(batch).values()])
 
 
-# ---------------------------------------------------------------- the check of all files
+# ---------------------------------------------------------------- the command
 
 
 def main():
@@ -361,9 +360,9 @@ def main():
     )
     parser.add_argument("--out", default="my.yaml", metavar="FILE", help="what --init writes (default: %(default)s)")
     args = parser.parse_intermixed_args()
-    if args.init:
-        from own_data import write_config  # which needs this file
+    from own_data import check, write_config  # which need this file
 
+    if args.init:
         write_config(*map(Path, args.init), Path(args.out))
         return
     cfg = load_config(args.cfg, args.overrides)
@@ -371,46 +370,6 @@ def main():
     labelled |= {"val": True} if cfg.val.root else {}
     for domain in (*labelled, *(f"more_val.{name}" for name in cfg.more_val)):
         check(cfg, domain, Images(cfg, domain, labelled.get(domain, True)))
-
-
-def check(cfg, domain, images, shown=12):
-    """Reads every file of Images; prints their number, sizes and class shares, writes a contact sheet to the run's folder."""
-    sizes, pixels, bar = Counter(), np.zeros(256, np.int64), progress(total=len(images), desc=domain)
-    for size, counts in threads.map(functools.partial(_count, images), range(len(images))):
-        sizes[size] += 1
-        pixels += counts
-        bar.update()
-    bar.close()
-    print(f"{domain}: {len(images)} images in {images.folder}{'' if images.labelled else ', labels not read'}")
-    print("  sizes: " + ", ".join(f"{n} of {w}x{h}" for (h, w), n in sizes.most_common(5)))
-    if images.labelled:
-        names = [*classes(cfg), "ignored"]
-        shares = 100 * np.append(pixels[: len(names) - 1], pixels[IGNORED]) / pixels.sum()
-        print("  classes: " + ", ".join(f"{name} {share:.2f}%" for name, share in zip(names, shares, strict=True)))
-    tiles = []
-    for i in np.unique(np.linspace(0, len(images) - 1, shown, dtype=int)).tolist():
-        image = images.image(i)
-        size = (160, round(160 * image.shape[1] / image.shape[0]))
-        pair = [image, cv2.addWeighted(image, 0.4, paint(images.label(i), cfg), 0.6, 0)] if images.labelled else [image]
-        tiles.append(np.hstack([resize(tile, size) for tile in pair]))
-    tiles = [resize(tile, tiles[0].shape[:2]) for tile in tiles]
-    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % 3)
-    sheet = np.vstack([np.hstack(tiles[at : at + 3]) for at in range(0, len(tiles), 3)])
-    if images.labelled:
-        sheet = np.vstack([sheet, legend(cfg, sheet.shape[1])])
-    path = Path(cfg.output) / cfg.name / f"contact_sheet_{domain}.png"
-    write_image(path, sheet)
-    print(f"  contact sheet: {path}")
-
-
-def _count(images, i):
-    """The size of image i, and how many pixels of each class its label has."""
-    image = images.image(i)
-    counts = np.zeros(256, np.int64)
-    if images.labelled:
-        label = images.to_classes(images.label_values(i, image), i)
-        counts = np.bincount(label.ravel(), minlength=256)
-    return image.shape[:2], counts
 
 
 if __name__ == "__main__":

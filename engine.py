@@ -1,4 +1,4 @@
-"""What every stage shares and is no method: commands, run folder, precision, schedules, checkpoints, log, progress."""
+"""What every stage shares and is no method: commands, run folder, precision, checkpoints, log, progress."""
 
 import argparse
 import contextlib
@@ -35,20 +35,9 @@ from processes import rank, world
 # keys that may differ between a checkpoint and the command that goes on with it; of the stages' own sections
 # (translation, warmup, selftrain) only the stage's own counts
 FREE_KEYS = {
-    "name",
-    "output",
-    "stages",
-    "device",
-    "compile",
-    "workers",
-    "accumulate",
-    "val",
-    "evaluation",
-    "log_every",
-    "pictures_every",
-    "save_every",
-    "val_every",
-}
+    "name", "output", "stages", "device", "compile", "workers", "accumulate", "val", "evaluation",
+    "log_every", "pictures_every", "save_every", "val_every",
+}  # fmt: skip
 
 
 class Stopped(BaseException):
@@ -132,25 +121,6 @@ def arguments(doc, cfg="config.yaml"):
     parser.add_argument("--cfg", default=cfg, metavar="FILE", help="configuration (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the configuration")
     return parser
-
-
-# ---------------------------------------------------------------- schedules
-
-
-def poly_lr(base, step, total, power):
-    """Polynomial decay: base (1 - step / total)^power."""
-    return base * (1 - step / total) ** power
-
-
-def set_learning_rate(optimizer, step, total, power, warmup, **_):
-    """Gives every group its base rate's poly_lr, which rises linearly over the first `warmup` steps."""
-    for group in optimizer.param_groups:
-        group["lr"] = poly_lr(group["base_lr"], step, total, power) * min(1, (step + 1) / (warmup + 1))
-
-
-def ema_decay(step, limit=0.999):
-    """alpha of the teacher's update at `step`, counted from 0: min(1 - 1 / (step + 1), limit)."""
-    return min(1 - 1 / (step + 1), limit)
 
 
 # ---------------------------------------------------------------- a run

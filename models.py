@@ -1,4 +1,4 @@
-"""The segmentation networks, the EMA teacher, and the loading of foreign weights.
+"""The segmentation networks, their optimizer, the EMA teacher, and the loading of foreign weights.
 
 A segmentation network takes RGB images (B, 3, H, W) in [0, 1] (it normalises them itself) and returns logits (B, K, h, w),
 features (B, C, h, w), h about H / output stride, and the logits of its auxiliary classifier or None.
@@ -217,6 +217,17 @@ def build_optimizer(model, name, lr_backbone, lr_head, momentum, weight_decay, *
     return torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay, fused=True)
 
 
+def poly_lr(base, step, total, power):
+    """Polynomial decay: base (1 - step / total)^power."""
+    return base * (1 - step / total) ** power
+
+
+def set_learning_rate(optimizer, step, total, power, warmup, **_):
+    """Gives every group its base rate's poly_lr, which rises linearly over the first `warmup` steps."""
+    for group in optimizer.param_groups:
+        group["lr"] = poly_lr(group["base_lr"], step, total, power) * min(1, (step + 1) / (warmup + 1))
+
+
 def load_segmenter(path, cfg, which="student"):
     """The student or teacher of a stage's checkpoint, on the CPU, and the checkpoint's other entries.
 
@@ -285,10 +296,15 @@ def make_teacher(student):
     return teacher
 
 
+def ema_decay(step, limit=0.999):
+    """alpha of the teacher's update at `step`, counted from 0: min(1 - 1 / (step + 1), limit)."""
+    return min(1 - 1 / (step + 1), limit)
+
+
 @torch.no_grad()
-def ema_update(teacher, student, decay):
-    """theta_T <- decay theta_T + (1 - decay) theta_S; buffers (batch-norm statistics) are copied."""
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - decay)
+def ema_update(teacher, student, step, limit=0.999):
+    """theta_T <- alpha theta_T + (1 - alpha) theta_S, alpha = ema_decay(step, limit); buffers (batch-norm statistics) are copied."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - ema_decay(step, limit))
     torch._foreach_copy_(list(teacher.buffers()), list(student.buffers()))
 
 

@@ -1,16 +1,19 @@
-"""A first configuration for somebody's own folders: python datasets.py --init FOLDER_WITH_LABELS FOLDER_WITHOUT --out my.yaml"""
+"""Somebody's own folders: what `python datasets.py --init` writes, a first configuration, and `--check` reads, every file."""
 
+import functools
 import os
+from collections import Counter
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 
-from config import UserError, load_config
-from datasets import LAYOUTS, list_images
+from config import UserError, classes, load_config
+from datasets import IGNORED, LAYOUTS, list_images
+from engine import progress
 from files import render
-from images import read_image, read_label
+from images import legend, paint, read_image, read_label, resize, threads, write_image
 
 SAMPLED = 200  # files that are looked into
 LARGEST = 1052 * 1914  # pixels of an image in training: GTA5's
@@ -118,3 +121,46 @@ def training_sizes(paths):
     size = np.median([read_image(path).shape[:2] for path in paths[:: -(-len(paths) // SAMPLED)]], axis=0)
     size = size * min(1, (LARGEST / size.prod()) ** 0.5)
     return [(size * scale).astype(int).tolist() for scale in (0.8, 1)]
+
+
+# ---------------------------------------------------------------- the check of all files
+
+
+def check(cfg, domain, images, shown=12):
+    """Reads every file of Images; prints their number, sizes and class shares, writes a contact sheet to the run's folder."""
+    sizes, pixels, bar = Counter(), np.zeros(256, np.int64), progress(total=len(images), desc=domain)
+    for size, counts in threads.map(functools.partial(_count, images), range(len(images))):
+        sizes[size] += 1
+        pixels += counts
+        bar.update()
+    bar.close()
+    print(f"{domain}: {len(images)} images in {images.folder}{'' if images.labelled else ', labels not read'}")
+    print("  sizes: " + ", ".join(f"{n} of {w}x{h}" for (h, w), n in sizes.most_common(5)))
+    if images.labelled:
+        names = [*classes(cfg), "ignored"]
+        shares = 100 * np.append(pixels[: len(names) - 1], pixels[IGNORED]) / pixels.sum()
+        print("  classes: " + ", ".join(f"{name} {share:.2f}%" for name, share in zip(names, shares, strict=True)))
+    tiles = []
+    for i in np.unique(np.linspace(0, len(images) - 1, shown, dtype=int)).tolist():
+        image = images.image(i)
+        size = (160, round(160 * image.shape[1] / image.shape[0]))
+        pair = [image, cv2.addWeighted(image, 0.4, paint(images.label(i), cfg), 0.6, 0)] if images.labelled else [image]
+        tiles.append(np.hstack([resize(tile, size) for tile in pair]))
+    tiles = [resize(tile, tiles[0].shape[:2]) for tile in tiles]
+    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % 3)
+    sheet = np.vstack([np.hstack(tiles[at : at + 3]) for at in range(0, len(tiles), 3)])
+    if images.labelled:
+        sheet = np.vstack([sheet, legend(cfg, sheet.shape[1])])
+    path = Path(cfg.output) / cfg.name / f"contact_sheet_{domain}.png"
+    write_image(path, sheet)
+    print(f"  contact sheet: {path}")
+
+
+def _count(images, i):
+    """The size of image i, and how many pixels of each class its label has."""
+    image = images.image(i)
+    counts = np.zeros(256, np.int64)
+    if images.labelled:
+        label = images.to_classes(images.label_values(i, image), i)
+        counts = np.bincount(label.ravel(), minlength=256)
+    return image.shape[:2], counts

@@ -12,12 +12,12 @@ from torch.utils.data import StackDataset
 from augment import class_mix, cross_domain_mix, strong_view
 from config import classes, load_config
 from datasets import Aligned, Crops, Images, RecalibrationImages, Whole, loader, translated_images
-from engine import Run, arguments, command, ema_decay, set_learning_rate
+from engine import Run, arguments, command
 from files import find
 from images import image_writer, read_label
 from losses import Centroids, bilateral_consensus, ohem_loss, supervised_loss, symmetric_distillation
 from metrics import predictions, validate
-from models import build_optimizer, ema_update, load_segmenter, make_teacher, recalibrate_batchnorm
+from models import build_optimizer, ema_update, load_segmenter, make_teacher, recalibrate_batchnorm, set_learning_rate
 from processes import gathered, in_order
 
 SCALES = (1.0, 0.5)  # of the probability labels; centroids from target images are taken at the last
@@ -87,7 +87,7 @@ def train(run, init, folder):
     supervised = {"ce": supervised_loss, "ohem": ohem_loss}[cfg.supervised]
     for step, parts in run.steps(crops, first, total, state):
         set_learning_rate(optimizer, step, total, **cfg.optimizer)
-        ema_update(teacher, student, ema_decay(step, cfg.ema_limit))
+        ema_update(teacher, student, step, cfg.ema_limit)
         target_means, source_means = [], []
         for batch in parts:
             x_s, y_s, draws = batch["source"]["image"], batch["source"]["label"], batch["source"]["draws"]

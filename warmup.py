@@ -9,10 +9,10 @@ import torch
 from augment import cross_domain_mix
 from config import classes, load_config
 from datasets import Crops, Images, RecalibrationImages, loader, translated_images
-from engine import Run, arguments, command, ema_decay, set_learning_rate
+from engine import Run, arguments, command
 from losses import ohem_loss, supervised_loss, symmetric_distillation
 from metrics import validate
-from models import build_optimizer, build_segmenter, ema_update, make_teacher, recalibrate_batchnorm
+from models import build_optimizer, build_segmenter, ema_update, make_teacher, recalibrate_batchnorm, set_learning_rate
 
 
 def main():
@@ -52,7 +52,7 @@ def train(run):
     crops = loader(run, source_crops, first * source_crops.batch_size, size)
     for step, parts in run.steps(crops, first, total, state):
         set_learning_rate(optimizer, step, total, **cfg.optimizer)
-        ema_update(teacher, student, ema_decay(step, cfg.ema_limit))
+        ema_update(teacher, student, step, cfg.ema_limit)
         for batch in parts:
             x_s, y_s, draws = batch["image"], batch["label"], batch["draws"]
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import augment
-import engine
 import losses
 import metrics
 import models
@@ -111,9 +110,9 @@ def test_evaluation_at_two_scales():
 def test_schedules():
     data = golden("schedules")
     for t, backbone, head, alpha in zip(*(data[k].tolist() for k in data), strict=True):
-        assert engine.poly_lr(2.5e-4, t, 80000, 0.9) == pytest.approx(backbone, rel=1e-5)
-        assert engine.poly_lr(2.5e-3, t, 80000, 0.9) == pytest.approx(head, rel=1e-5)
-        assert engine.ema_decay(t) == pytest.approx(alpha, rel=1e-5)
+        assert models.poly_lr(2.5e-4, t, 80000, 0.9) == pytest.approx(backbone, rel=1e-5)
+        assert models.poly_lr(2.5e-3, t, 80000, 0.9) == pytest.approx(head, rel=1e-5)
+        assert models.ema_decay(t) == pytest.approx(alpha, rel=1e-5)
 
 
 def test_the_authors_checkpoint_gives_the_authors_output(tmp_path):

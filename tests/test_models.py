@@ -111,13 +111,13 @@ def test_ema_moves_parameters_and_copies_buffers():
         student(images())
         for p in student.parameters():
             p.add_(torch.randn(p.shape))
-    models.ema_update(teacher, student, 0.9)
+    models.ema_update(teacher, student, 99, limit=0.9)
     new = dict(student.named_parameters())
     for name, p in teacher.named_parameters():
         torch.testing.assert_close(p, 0.9 * old[name] + 0.1 * new[name])
     for (name, ours), theirs in zip(teacher.named_buffers(), student.buffers(), strict=True):
         assert torch.equal(ours, theirs), name
-    models.ema_update(teacher, student, 0.0)
+    models.ema_update(teacher, student, 0)
     assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), student.parameters(), strict=True))
 
 

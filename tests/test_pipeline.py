@@ -157,7 +157,7 @@ def test_the_baseline_reads_no_target_and_no_translation(dataset, run):
 def test_the_source_only_step_is_plain_supervised_training(dataset, run, config):
     """The whole command against a loop of a dozen lines."""
     from datasets import Crops, Images
-    from engine import poly_lr
+    from models import poly_lr
 
     overrides = ("warmup.distill=0", "warmup.crdomix=false", "bn_recalibrate=[]", "optimizer.lr_backbone=0.01")
     ok(run("warmup", *overrides))
