@@ -4,6 +4,8 @@ Every random number is an input: `draws`, uniform in [0, 1), one row an image, m
 function of (seed, stage, step, index). So a step gives the same views on any machine, in any number of processes.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -11,6 +13,7 @@ IGNORED = 255
 DRAWS = 8 + 256 + 256  # per image: for its strong view, for CrDoMix's classes, for class mixing's
 FOR_STRONG, FOR_CRDOMIX, FOR_MIXING = slice(0, 8), slice(8, 264), slice(264, 520)
 GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601 luma, as in torchvision
+SECTORS = (5, 3, 1)  # of red, green and blue in the circle of hues
 GAUSSIAN = (0.319168, 0.361664, 0.319168)  # three taps, sigma 2
 SMOOTHING = ((1 / 13, 1 / 13, 1 / 13), (1 / 13, 5 / 13, 1 / 13), (1 / 13, 1 / 13, 1 / 13))  # as in torchvision
 
@@ -49,16 +52,16 @@ def strong_view(images, draws, beta):
     view = _blend(gray(view), view, 1 + 0.2 * spread[:, 2])
     view = shift_hue(view, 0.1 * spread[:, 3])
     view = torch.where(draws[:, 5] < 0.3, gray(view), view)
-    gaussian = torch.tensor(GAUSSIAN).outer(torch.tensor(GAUSSIAN))
-    view = torch.where(draws[:, 6] < 0.8, _filter(view, gaussian), view)
-    smooth = _filter(view, torch.tensor(SMOOTHING))
+    gaussian = _constant(GAUSSIAN, images.device)
+    view = torch.where(draws[:, 6] < 0.8, _filter(view, gaussian.outer(gaussian)), view)
+    smooth = _filter(view, _constant(SMOOTHING, images.device))
     view = torch.where(draws[:, 7] < 0.3, _blend(smooth, view, 0.5), view)
     return torch.lerp(images, view, beta)
 
 
 def gray(images):
     """Luma (B, 1, H, W) of RGB images (B, 3, H, W)."""
-    return (images * images.new_tensor(GRAY)[:, None, None]).sum(1, keepdim=True)
+    return (images * _constant(GRAY, images.device)[:, None, None]).sum(1, keepdim=True)
 
 
 def shift_hue(images, turns):
@@ -68,7 +71,7 @@ def shift_hue(images, turns):
     chroma = value - images.amin(1, keepdim=True)
     lower = torch.where(green == value, 2 * chroma + blue - red, 4 * chroma + red - green)
     hue = torch.where(red == value, green - blue, lower) / chroma.clamp(min=1e-8)
-    sector = (hue + 6 * turns + images.new_tensor([5, 3, 1])[:, None, None]) % 6
+    sector = (hue + 6 * turns + _constant(SECTORS, images.device)[:, None, None]) % 6
     turned = value - chroma * torch.minimum(sector, 4 - sector).clamp(0, 1)
     return turned.contiguous(memory_format=torch.channels_last)  # for the convolutions that follow
 
@@ -79,8 +82,13 @@ def _blend(base, images, factor):
 
 
 def _filter(images, kernel):
-    kernel = kernel.to(images).expand(3, 1, 3, 3)
-    return F.conv2d(F.pad(images, (1, 1, 1, 1), mode="reflect"), kernel, groups=3)
+    return F.conv2d(F.pad(images, (1, 1, 1, 1), mode="reflect"), kernel.expand(3, 1, 3, 3), groups=3)
+
+
+@functools.cache
+def _constant(values, device):
+    """A tensor of single precision, made once: the copy to a GPU waits until all that was begun there has ended."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def choose_classes(labels, scores):

@@ -1,5 +1,6 @@
 """The commands, from files to files: all stages on small data, resuming, results, pictures, demo data."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import CLASSES, IDS, ROOT, SIZE, picture, save
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
 import make_demo_data
@@ -436,6 +438,40 @@ def test_the_commands_as_a_user_types_them(dataset):
     failed = shell("selftrain.py", "--cfg", dataset / "test.yaml", "--init", "nothing.pth")
     assert failed.returncode == 2
     assert len(failed.stderr.strip().splitlines()) == 1
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what a GPU's host would have to wait for: a value read back, a shape that data decide, a constant copied over."""
+
+    OPERATIONS = ("lift_fresh", "_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique2", "equal")
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        assert name not in self.OPERATIONS, name
+        assert not any(i is not None and i.dtype == torch.bool for i in indices), f"{name} by a mask"
+        return operation(*args, **(kwargs or {}))
+
+
+def test_no_step_waits_for_the_device(dataset, run, monkeypatch):
+    import engine
+
+    steps = engine.Run.steps
+    watched = []
+
+    def watch(self, batches, first, total, state):
+        for step, parts in steps(self, batches, first, total, state):
+            # not in the first step, which makes constants, nor in the last, which shows pictures
+            with NoWaiting() if 0 < step < total - 1 else contextlib.nullcontext():
+                watched.append((self.stage, step))
+                yield step, parts
+
+    monkeypatch.setattr(engine.Run, "steps", watch)
+    for options in (("name=ce",), ("name=ohem", "supervised=ohem", "model.auxiliary=0.1", "optimizer.name=adamw")):
+        options = (*options, "workers=1", "selftrain.rounds=1")
+        for stage in ("warmup", "selftrain"):
+            ok(run(stage, *options, f"translation.images={dataset}/game/images"))
+    assert watched == 2 * [*(("warmup", n) for n in range(6)), *(("selftrain", n) for n in range(4))]
 
 
 @pytest.mark.skipif(
