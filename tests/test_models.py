@@ -197,7 +197,7 @@ def test_the_discriminator_judges_70x70_patches():
 def test_adamw_in_the_order_of_memory_is_torchs():
     def trained(adamw):
         torch.manual_seed(0)
-        shapes = ((16, 3, 7, 7), (65, 33, 3, 3), (8, 5, 1, 1), (8, 1, 3, 3), (7,))
+        shapes = ((16, 3, 7, 7), (65, 33, 3, 3), (8, 5, 1, 1), (8, 1, 3, 3), (9, 6, 3, 3), (7,))
         parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
         for p in parameters[:3]:
             p.data = p.data.contiguous(memory_format=torch.channels_last)
