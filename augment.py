@@ -100,7 +100,7 @@ def choose_classes(labels, scores):
     present = torch.zeros_like(scores).scatter_(1, labels.flatten(1), 1.0)
     rank = (scores * present).argsort(1, descending=True).argsort(1)
     chosen = (rank < present.sum(1, keepdim=True) // 2) & present.bool()
-    chosen[:, IGNORED] = True
+    chosen.select(1, IGNORED).fill_(True)
     return chosen
 
 

@@ -175,7 +175,7 @@ SCHEMA = {
     "supervised": choice("ce", "ohem"),
     "optimizer": {
         "name": choice("sgd", "adamw"),
-        "lr_backbone": RATE,
+        "lr_backbone": number(0, 100),
         "lr_head": RATE,
         "momentum": number(0, 0.9999),
         "weight_decay": number(0, 1),
@@ -209,7 +209,7 @@ SCHEMA = {
     ),
     "evaluation": {
         "scales": sequence(number(0.05, 4), 1),
-        "tile": sequence(("a multiple of 128", lambda v: type(v) is int and v in range(128, 65537, 128)), 2, 2),
+        "tile": sequence(("a multiple of 32", lambda v: type(v) is int and v in range(32, 65537, 32)), 2, 2),
         "subsets": mapping(NAME, sequence(TEXT, 1), low=0),
         "pictures": integer(0),
     },

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import fcntl
 import hashlib
 import json
@@ -22,11 +23,11 @@ import torch
 import torchvision
 import yaml
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import processes
+from batchnorm import synchronise_batchnorm
 from config import NAME, UserError
 from files import load_tensors, write_atomically, write_text
 from images import paint, resize, write_image
@@ -82,6 +83,7 @@ def command(main):
     script = Path(sys.argv[0]).name
     previous = {number: signal.signal(number, _Signals.handle) for number in (signal.SIGINT, signal.SIGTERM)}
     goes_on = "the same command goes on from the last checkpoint"
+    less_memory = "raise accumulate, lower crop (for evaluate.py, evaluation.tile) or set model.output_stride=16; the last checkpoint is kept"
 
     def end(code, reason):
         for number in previous:  # torchrun stops the others as soon as one has ended
@@ -99,7 +101,12 @@ def command(main):
         end(2, str(error).strip().splitlines()[-1].removeprefix("config.UserError: "))
     except Stopped as stop:
         end(128 + stop.args[0], f"stopped by {signal.Signals(stop.args[0]).name}; {goes_on}")
+    except torch.OutOfMemoryError:
+        gib = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
+        end(2, f"the GPU's {gib:.0f} GiB are not enough for this step; {less_memory}")
     except RuntimeError as error:
+        if "can't allocate memory" in str(error):  # of a CPU
+            end(2, f"there is not enough memory for this step; {less_memory}")
         if not processes.is_loss_of_another(error):
             raise
         end(1, f"another process of this job has died or cannot be reached; {goes_on}")
@@ -121,6 +128,36 @@ def arguments(doc, cfg="config.yaml"):
     parser.add_argument("--cfg", default=cfg, metavar="FILE", help="configuration (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the configuration")
     return parser
+
+
+class Compiled(nn.Module):
+    """A module whose forward pass is compiled. falls_back: where that fails, one line says so, and it goes on without."""
+
+    told = False
+
+    def __init__(self, module, falls_back):
+        super().__init__()
+        self.module, self.falls_back = module, falls_back
+        self.call = torch.compile(module.forward)
+
+    def forward(self, *inputs):
+        try:
+            return self.call(*inputs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = " ".join(str(error).partition("Set TORCHDYNAMO_VERBOSE")[0].split())[:160]
+            if not self.falls_back:
+                raise UserError(
+                    f"compile = true: PyTorch cannot compile this network here ({reason}); set compile=false"
+                ) from error
+            if rank() == 0 and not Compiled.told:
+                Compiled.told = True
+                print(
+                    f"compile = auto: goes on without compilation, which fails here ({reason})",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            self.call = self.module.forward
+            return self.call(*inputs)
 
 
 # ---------------------------------------------------------------- a run
@@ -153,7 +190,7 @@ class Run:
         self.dtype = _precision(cfg.precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.recent, self.overall, self.began = {}, {}, time.perf_counter()
-        self.parts, self.wrapped, self.shows = world() * cfg.accumulate, [], None
+        self.parts, self.means, self.shows = world() * cfg.accumulate, [], None
         torch.backends.cudnn.benchmark = True
         torch.manual_seed(cfg.seed)
         cv2.setNumThreads(1)
@@ -162,30 +199,32 @@ class Run:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def place(self, module):
-        if self.device.type == "cuda" and world() > 1:
-            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        if self.device.type == "cuda":
+            module = synchronise_batchnorm(module)
         return module.to(self.device, memory_format=torch.channels_last)
 
     def parallel(self, network):
-        """The network for the forward passes of the steps, which averages its gradients over all processes.
+        """The network for the forward passes of the steps, the gradients of which are averaged over all processes.
 
         Other passes, and checkpoints, take the network itself.
         """
-        network = self.compiled(network)
-        if world() == 1:
-            return network
-        # some libraries' networks have parameters that nothing uses; moreover, the order in which gradients are summed then
-        # is the same in the first step after a checkpoint as in any other
-        self.wrapped.append(DistributedDataParallel(network, find_unused_parameters=True))
-        return self.wrapped[-1]
+        if world() > 1:
+            self.means.append(processes.GradientMean(network))
+        return self.compiled(network)
 
     def compiled(self, network):
-        """The network for forward passes that are alike in all steps, compiled where cfg.compile says so."""
+        """The network for forward passes that are alike in all steps, compiled where cfg.compile says so.
+
+        Its parts are compiled one by one, so that the gradients of one are averaged during the backward pass of the next.
+        """
         automatic = self.cfg.compile == "auto"
         if self.cfg.compile is False or (automatic and self.device.type == "cpu"):
             return network
-        torch._dynamo.config.suppress_errors = automatic  # on a machine without a compiler, say, it goes on without
-        return torch.compile(network)
+        if isinstance(network, nn.Sequential):
+            return Compiled(network, automatic)
+        view = copy.copy(network)
+        view._modules = {name: part and Compiled(part, automatic) for name, part in network._modules.items()}
+        return view
 
     def part_size(self):
         """The number of images in one of the equal parts that a step's batch is worked through in.
@@ -349,11 +388,12 @@ class Run:
     def _parts(self, step, batches):
         for k in range(self.cfg.accumulate):
             self._seed(step, k * world() + rank())
-            with contextlib.ExitStack() as unsynchronised:
-                if k + 1 < self.cfg.accumulate:
-                    for network in self.wrapped:
-                        unsynchronised.enter_context(network.no_sync())
-                yield self.fetch(next(batches))
+            if k + 1 == self.cfg.accumulate:
+                for mean in self.means:
+                    mean.begin()
+            yield self.fetch(next(batches))
+        for mean in self.means:
+            mean.finish()
 
     def _seed(self, step, place):
         sequence = np.random.SeedSequence([self.cfg.seed, *self.stage.encode(), step])

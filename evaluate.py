@@ -74,7 +74,7 @@ def main():
                 continue
             pictures = len(whole) if args.images or args.ids else cfg.evaluation.pictures
             pictured = np.unique(np.linspace(0, len(whole) - 1, pictures, dtype=int))
-            scores = segment(run, student, whole, out, stage, pictured, args.ids or args.images)
+            scores = segment(run, student, whole, out, stage, pictured, args.ids or args.images, key)
             if not whole.images.labelled:
                 print(f"{path}: pictures of {len(pictured)} images are in {out}")
                 continue
@@ -125,7 +125,7 @@ def what_to_segment(cfg, folder=None):
     return datasets | more
 
 
-def segment(run, model, whole, out, name, pictured=(), ids=False):
+def segment(run, model, whole, out, name, pictured=(), ids=False, dataset="val"):
     """The scores of a model on labelled images, {} on others; writes pictures of the numbers in `pictured`."""
     cfg, matrix = run.cfg, ConfusionMatrix(len(classes(run.cfg)), run.device)
     with image_writer() as write:
@@ -144,7 +144,8 @@ def segment(run, model, whole, out, name, pictured=(), ids=False):
                     lookup = np.array([value.get(k, 0) for k in range(256)], np.uint16)
                     values = lookup[prediction]
                     write(out / "ids" / name / picture, values.astype(np.uint8) if values.max() < 256 else values)
-    return matrix.scores(classes(cfg), cfg.evaluation.subsets) if whole.images.labelled else {}
+    dataset = dataset if dataset == "val" else f"more_val.{dataset}"
+    return matrix.scores(classes(cfg), cfg.evaluation.subsets, dataset) if whole.images.labelled else {}
 
 
 def overlay(sample, prediction, cfg):

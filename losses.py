@@ -4,6 +4,7 @@ Notation as in the paper: S student, T teacher, f the features before the classi
 y^p the probability labels, y^f the feature labels. Label maps hold classes 0 ... K-1 and 255 where a pixel is ignored.
 """
 
+import functools
 import math
 
 import torch
@@ -60,11 +61,12 @@ class _CrossEntropy(torch.autograd.Function):
         return (ctx.saved_tensors[0] * above).to(ctx.dtype), None, None, None
 
 
-BAND = (2**19, 2**23)  # elements of a band's maps, on a CPU and on a GPU
+BAND = (2**19, 2**24)  # elements of a band's maps, on a CPU and on a GPU
 
 
+@functools.cache
 def _bilinear(outputs, inputs, device):
-    """The matrix (outputs, inputs) of linear interpolation, corner pixels aligned."""
+    """The matrix (outputs, inputs) of linear interpolation, corner pixels aligned; made once for each size."""
     at = torch.linspace(0, inputs - 1, outputs, device=device)[:, None]
     return (1 - (at - torch.arange(inputs, device=device)).abs()).clamp(min=0)
 

@@ -6,13 +6,12 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from config import classes
+from config import UserError, classes
 from datasets import Whole, loader
 from engine import progress
 from files import load_tensors
-from losses import probability_labels
+from losses import probability_labels, upsample
 from models import recalibrate_batchnorm
 from processes import total
 
@@ -29,13 +28,15 @@ class ConfusionMatrix:
         pairs = torch.where(labels < k, labels * k + predictions, k * k)
         self.counts += torch.bincount(pairs.flatten(), minlength=k * k + 1)[:-1].view(k, k)
 
-    def scores(self, names, subsets=None):
+    def scores(self, names, subsets=None, dataset="val"):
         """Percentages: miou, pixel_accuracy, iou by class name, and miou_KEY for each subset, KEY -> class names.
 
         A class in neither labels nor predictions has no IoU (None) and does not count, as in cityscapesscripts. Of many
         processes, each has counted its images; the scores are of all.
         """
         counts = total(self.counts).double().cpu()
+        if not counts.any():
+            raise UserError(f"{dataset}: no pixel of its labels belongs to a class; are {dataset}.ids right?")
         hits = counts.diag()
         union = counts.sum(0) + counts.sum(1) - hits
         iou = {n: 100 * (h / u).item() if u else None for n, h, u in zip(names, hits, union, strict=True)}
@@ -57,68 +58,46 @@ def at_scales(model, images, scales):
     return outputs
 
 
-def tiled(model, images, tile):
-    """The logits (1, K, h, w) of an image (1, 3, H, W), in a tuple; of one that is larger than `tile`, tile by tile.
+def sliding_window(model, images, window):
+    """The logits (1, K, H, W) of an image (1, 3, H, W), in a tuple: the mean over overlapping windows.
 
-    tile: (H, W), multiples of 128, whose quarters every network's strides divide; a portrait has them swapped. Tiles overlap
-    by half, and each place is taken from the one in which it is farthest from the border. Group norms and global pooling
-    take their statistics from the whole image, as they do without tiles: each sweep over all tiles makes those of one more
-    layer right, and models.Head has three in a row.
+    window: the largest (H, W) of one, multiples of 32, its longer side along the image's. An image that fits is one window. Others
+    are covered by equal windows, neighbours of which share a quarter, WINDOWS of them in a batch.
     """
-    height, width = images.shape[-2:]
-    rows, columns = _tiles(height, tile[height > width]), _tiles(width, tile[height <= width])
-    if len(rows) == len(columns) == 1:
+    size = images.shape[-2:]
+    (h, tops), (w, lefts) = (
+        _windows(*sides) for sides in zip(size, sorted(window, reverse=size[0] > size[1]), strict=True)
+    )
+    corners = [(top, left) for top in tops for left in lefts]
+    if len(corners) == 1:
         return model(images)
-    layers = [m for m in model.modules() if isinstance(m, nn.GroupNorm) or getattr(m, "output_size", 0) in (1, (1, 1))]
-    here, sums, known = None, {}, {}
-
-    def kept(maps):
-        stride = 2 ** round(math.log2((here[1][1] - here[1][0]) / maps.shape[-1]))
-        rows, columns = (slice(first // stride, end and end // stride) for *_, first, end in here)
-        return maps[..., rows, columns]
-
-    def of_the_whole_image(layer, inputs, _):
-        x = inputs[0].float()
-        groups = getattr(layer, "num_groups", x.shape[1])
-        part = kept(x).reshape(groups, -1)
-        moments = torch.stack([torch.full_like(part[:, 0], part.shape[1]), part.sum(1), part.square().sum(1)])
-        sums[layer] = sums.get(layer, 0) + moments
-        count, total, squares = known.get(layer, sums[layer])
-        mean = total / count
-        if not isinstance(layer, nn.GroupNorm):
-            return mean.view(1, -1, 1, 1)
-        deviation = (squares / count - mean**2 + layer.eps).sqrt()
-        x = ((x.view(groups, -1) - mean[:, None]) / deviation[:, None]).view_as(x)
-        return x * layer.weight[:, None, None] + layer.bias[:, None, None]
-
-    hooks = [layer.register_forward_hook(of_the_whole_image) for layer in layers]
-    for _ in range(4 if layers else 1):
-        sums, lines = {}, []
-        for row in rows:
-            lines.append([])
-            for column in columns:
-                here = (row, column)
-                (top, bottom, *_), (left, right, *_) = here
-                lines[-1].append(kept(model(images[..., top:bottom, left:right])[0]))
-        known = sums
-    for hook in hooks:
-        hook.remove()
-    return (torch.cat([torch.cat(line, -1) for line in lines], -2),)
+    total, count = None, images.new_zeros(size)
+    for first in range(0, len(corners), WINDOWS):
+        batch = corners[first : first + WINDOWS]
+        logits = model(torch.cat([images[..., top : top + h, left : left + w] for top, left in batch]))[0]
+        if total is None:
+            total = images.new_zeros(1, logits.shape[1], *size)
+        for (top, left), part in zip(batch, upsample(logits, (h, w)), strict=True):
+            total[..., top : top + h, left : left + w] += part
+            count[top : top + h, left : left + w] += 1
+    return (total / count,)
 
 
-def _tiles(side, tile):
-    """Tiles along a side: (first, end, first and end of what is kept of it)."""
-    count = max(math.ceil(2 * side / tile) - 1, 1)
-    half, quarter = tile // 2, tile // 4
-    tiles = [(k * half, k * half + tile, quarter * (k > 0), 3 * quarter) for k in range(count)]
-    return [*tiles[:-1], (tiles[-1][0], side, tiles[-1][2], None)]
+WINDOWS = 4  # in a batch; more of them do not make a GPU faster
+
+
+def _windows(side, limit):
+    """The size of the windows along a side, and where they begin."""
+    count = math.ceil((side / limit - 1 / 4) * 4 / 3) if side > limit else 1
+    size = min(math.ceil(side / (count * 3 / 4 + 1 / 4) / 32) * 32, side)
+    return size, [round(k * (side - size) / max(count - 1, 1)) for k in range(count)]
 
 
 @torch.no_grad()
 def predictions(run, model, whole, scales, tile=None):
     """Yields, for each sample of a datasets.Whole that falls to this process, it, the prediction (H, W) at the file's size, int64, and the network's
     outputs at each of the scales, both on the device."""
-    network = functools.partial(tiled, model, tile=tile) if tile else model
+    network = functools.partial(sliding_window, model, window=tile) if tile else model
     model.eval()
     for sample in progress(loader(run, whole), desc="predictions", unit="img", leave=False):
         with run.autocast():

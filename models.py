@@ -15,7 +15,7 @@ from torch import nn
 
 from config import Config, UserError, classes
 from files import load_tensors
-from processes import alone, rank, total, world
+from processes import rank, total, world
 
 NETWORKS = ("deeplab_v2_resnet101", "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2")
 
@@ -207,8 +207,13 @@ class AdamW(torch.optim.AdamW):
 
 
 def build_optimizer(model, name, lr_backbone, lr_head, momentum, weight_decay, **_):
-    """SGD or AdamW over the parameters that are not frozen, each in one group that keeps its base rate as `base_lr`."""
+    """SGD or AdamW over the parameters that are not frozen, each in one group that keeps its base rate as `base_lr`.
+
+    lr_backbone = 0 freezes the backbone.
+    """
     groups = []
+    if lr_backbone == 0:
+        model.backbone.requires_grad_(False)
     for rate, of_backbone in ((lr_backbone, True), (lr_head, False)):
         parameters = [p for name, p in model.named_parameters() if name.startswith("backbone.") == of_backbone]
         groups.append({"params": [p for p in parameters if p.requires_grad], "lr": rate, "base_lr": rate})
@@ -291,7 +296,7 @@ def make_teacher(student):
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
     for module in teacher.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.momentum = 0.0
+            module.track_running_stats = False
             module.train()
     return teacher
 
@@ -305,7 +310,9 @@ def ema_decay(step, limit=0.999):
 def ema_update(teacher, student, step, limit=0.999):
     """theta_T <- alpha theta_T + (1 - alpha) theta_S, alpha = ema_decay(step, limit); buffers (batch-norm statistics) are copied."""
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - ema_decay(step, limit))
-    torch._foreach_copy_(list(teacher.buffers()), list(student.buffers()))
+    for dtype in {buffer.dtype for buffer in student.buffers()}:  # a list of one dtype is copied by one kernel
+        ours, theirs = ([b for b in net.buffers() if b.dtype == dtype] for net in (teacher, student))
+        torch._foreach_copy_(ours, theirs)
 
 
 @torch.no_grad()
@@ -321,16 +328,16 @@ def recalibrate_batchnorm(model, batches):
     if len(batches):
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
+            norm.track_running_stats = True  # a teacher's does not
             norm.reset_running_stats()
-            norm.momentum = None  # a cumulative average
-            norm.process_group = alone()  # of those that are synchronised: the processes' numbers of batches differ
+            norm.momentum = None  # a cumulative average, of this process's batches
             norm.train()
         share = 0
         for images in batches:
             model(images)
             share += 1 / len(batches)
         for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum, norm.process_group = momentum, None
+            norm.momentum = momentum
             norm.num_batches_tracked.fill_(len(batches))
         model.eval()
     if world() > 1:

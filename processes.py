@@ -11,19 +11,18 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = datetime.timedelta(minutes=10)  # above the longest that one process lets the others wait
-_store = _alone = None  # the job's key-value store, which outlives a process; the group of this process alone
+_store = None  # the job's key-value store, which outlives a process
 
 
 def join():
     """Joins the processes that torchrun started, if it did. From then on only the first writes to stdout."""
-    global _store, _alone
+    global _store
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         store, number, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
         # torchrun's store still holds the addresses of the processes that it has restarted since
         _store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=_store, rank=number, world_size=count, timeout=TIMEOUT)
-        _alone = dist.new_group([number], use_local_synchronization=True)
         if number > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
 
@@ -40,11 +39,6 @@ def rank():
 
 def world():
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def alone():
-    """The group of this process alone, None where it is the only one."""
-    return _alone
 
 
 def is_loss_of_another(error):
@@ -87,7 +81,7 @@ def gathered(rows):
     if world() == 1:
         return rows
     everyones = rows.new_empty(world() * len(rows), *rows.shape[1:])
-    dist.all_gather_into_tensor(everyones, rows.contiguous())
+    dist.all_gather(list(everyones.chunk(world())), rows.contiguous())
     return everyones
 
 
@@ -111,3 +105,48 @@ def from_first(decide):
     if world() > 1:
         dist.broadcast_object_list(answer)
     return answer[0]
+
+
+class GradientMean:
+    """Averages the gradients of a network over all processes while the backward pass goes on.
+
+    Gradients meet in buckets, each as soon as it is complete, and in every process in the same order. For a step: `begin`
+    before its last backward pass, `finish` after it. DistributedDataParallel makes the host wait for its timers, and remarks
+    on what is no fault.
+    """
+
+    def __init__(self, network, bucket_size=2**23):
+        self.buckets, self.place, size = [[]], {}, 0
+        for parameter in reversed([p for p in network.parameters() if p.requires_grad]):
+            if size > bucket_size:
+                self.buckets.append([])
+                size = 0
+            size += parameter.numel()
+            self.buckets[-1].append(parameter)
+            self.place[parameter] = len(self.buckets) - 1
+            parameter.register_post_accumulate_grad_hook(self._complete)
+        self.missing, self.sent = [], []
+
+    def begin(self):
+        self.missing, self.sent = [len(bucket) for bucket in self.buckets], []
+
+    def _complete(self, parameter):
+        if self.missing:
+            self.missing[self.place[parameter]] -= 1
+            while len(self.sent) < len(self.buckets) and not self.missing[len(self.sent)]:
+                self._send()
+
+    def _send(self):
+        gradients = [p.grad for p in self.buckets[len(self.sent)] if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients] or [torch.zeros(0)]) / world()
+        self.sent.append((gradients, flat, dist.all_reduce(flat, async_op=True) if gradients else None))
+
+    def finish(self):
+        while len(self.sent) < len(self.buckets):  # some parameters have no gradient
+            self._send()
+        for gradients, flat, work in self.sent:
+            if gradients:
+                work.wait()
+                parts = flat.split([gradient.numel() for gradient in gradients])
+                torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+        self.missing, self.sent = [], []

@@ -16,7 +16,6 @@ command(lambda: plan(load_config(sys.argv[1], sys.argv[2:])))' "$config" "$@")
 run=python
 if [ "${NPROC:-1}" -gt 1 ]; then
   run="torchrun --standalone --nproc_per_node=$NPROC"
-  export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}" # DistributedDataParallel remarks that no parameter is unused
 fi
 
 for stage in $stages; do

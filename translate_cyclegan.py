@@ -62,8 +62,13 @@ def train(run, source):
     is_target, is_source = (run.place(Discriminator(options.filters).apply(init_gan)) for _ in range(2))
     pool_target, pool_source = (run.place(Pool(options.crop)) for _ in range(2))
     judges = nn.ModuleList([is_target, is_source])
-    optimizer = torch.optim.Adam([*to_target.parameters(), *to_source.parameters()], options.lr, (0.5, 0.999))
-    judges_optimizer = torch.optim.Adam(judges.parameters(), options.lr, (0.5, 0.999))
+    adam = {
+        "lr": options.lr,
+        "betas": (0.5, 0.999),
+        "fused": run.device.type == "cuda",
+    }  # fused: GradScaler reads nothing back
+    optimizer = torch.optim.Adam([*to_target.parameters(), *to_source.parameters()], **adam)
+    judges_optimizer = torch.optim.Adam(judges.parameters(), **adam)
     state = {
         "generator": to_target, "back": to_source, "judges": judges, "pool_target": pool_target, "pool_source": pool_source,
         "optimizer": optimizer, "judges_optimizer": judges_optimizer, "scaler": run.scaler,

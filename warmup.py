@@ -59,14 +59,15 @@ def train(run):
             views = x_s
             if options.distill:
                 views = torch.cat([x_s, cross_domain_mix(x_s, y_s, batch.get("translated"), draws, options.strong)])
+            if options.distill:  # before the student's, whose activations are kept for the backward pass
+                with torch.no_grad(), run.autocast():
+                    teacher_logits, _, _ = teacher_network(views)
             with run.autocast():
                 logits, _, auxiliary = network(views)
             loss = ce = supervised(logits[:size], y_s)
             if cfg.model.auxiliary:
                 loss = ce = ce + cfg.model.auxiliary * supervised(auxiliary[:size], y_s)
             if options.distill:
-                with torch.no_grad(), run.autocast():
-                    teacher_logits, _, _ = teacher_network(views)
                 kd = symmetric_distillation(logits, teacher_logits, options.strong_to_weak, y_s.shape[-2:])
                 loss = ce + options.distill * kd
                 run.log(kd=kd)

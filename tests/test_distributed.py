@@ -22,11 +22,11 @@ from torch import nn
 import engine
 import models
 import processes
+from batchnorm import synchronise_batchnorm
 from config import load_config
 from datasets import Images, Whole
 from metrics import ConfusionMatrix, predictions
 
-os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # DistributedDataParallel's remark that no parameter is unused
 # forked from a process that has imported everything once, the processes of a test start at once
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["translate_cyclegan", "warmup", "selftrain", "evaluate", "torch.utils.tensorboard"])
@@ -241,6 +241,81 @@ def test_evaluation_and_statistics_where_the_images_cannot_be_divided(stages, da
     assert alone["counts"].sum() > 0
 
 
+def normalised(folder, compiled):
+    """Leaves outputs, gradients and statistics of two batch norms in a process's file."""
+    processes.join()
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 40, 1, bias=False),
+                            nn.BatchNorm2d(40), nn.Conv2d(40, 4, 1))  # fmt: skip
+    network[1].requires_grad_(False)
+    nn.init.normal_(network[1].weight), nn.init.normal_(network[4].weight)
+    images, above = 3 * torch.randn(4, 3, 17, 19) + 5, torch.randn(4, 4, 15, 17)
+    share = slice(processes.rank(), None, processes.world())  # some of the images
+    x = images[share].to(memory_format=torch.channels_last).requires_grad_()
+    forward = synchronise_batchnorm(network)
+    mean = processes.GradientMean(network) if processes.world() > 1 else None
+    if compiled:
+        forward = torch.compile(network, fullgraph=True, backend="aot_eager")
+    if mean:
+        mean.begin()
+    out = forward(x)
+    (out * above[share]).sum().mul(processes.world()).backward()
+    if mean:
+        mean.finish()
+    gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    torch.save({"out": out.detach(), "x": x.grad / processes.world(), "gradients": gradients, "buffers": dict(network.named_buffers())},
+               f"{folder}/norm_{processes.world()}_{processes.rank()}.pth")  # fmt: skip
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_batch_norm_over_two_processes_is_that_of_one_with_all_images(dataset, compiled):
+    """Outputs, gradients, running statistics; captured by the compiler as one graph."""
+    for world in (1, 2):
+        ok(together(world, dataset / "out", normalised, dataset, compiled))
+    one, *two = (state(dataset / f"norm_{name}.pth") for name in ("1_0", "2_0", "2_1"))
+    for rank, part in enumerate(two):
+        for name in ("out", "x"):
+            torch.testing.assert_close(part[name], one[name][rank::2], rtol=1e-4, atol=1e-4)
+        for name, gradient in one["gradients"].items():
+            assert (part["gradients"][name] - gradient).norm() < 1e-5 * gradient.norm(), name
+        for name, value in one["buffers"].items():
+            torch.testing.assert_close(part["buffers"][name], value, rtol=1e-5, atol=1e-6)
+
+
+def mean_gradients(folder):
+    """Leaves the averaged gradients of a network with a parameter that nothing uses, in buckets of one parameter or of all."""
+    processes.join()
+    for bucket in (1, 10**6):
+        torch.manual_seed(0)
+        network = nn.ModuleList([nn.Linear(5, 4), nn.Linear(4, 3), nn.Linear(7, 7), nn.Conv2d(3, 2, 3)])
+        network.to(memory_format=torch.channels_last)
+        mean = processes.GradientMean(network, bucket)
+        torch.manual_seed(1 + processes.rank())
+        for last in (False, True):  # two parts, of which the second ends the step
+            if last:
+                mean.begin()
+            (
+                network[1](network[0](torch.randn(6, 5))).sum() + network[3](torch.randn(1, 3, 8, 8)).square().sum()
+            ).backward()
+            if not last:
+                kept = [p.grad.clone() for p in network.parameters() if p.grad is not None]
+        alone = [p.grad.clone() for p in network.parameters() if p.grad is not None] if bucket > 1 else None
+        mean.finish()
+        found = [p.grad for p in network.parameters() if p.grad is not None]
+        torch.save({"kept": kept, "alone": alone, "found": found}, f"{folder}/mean_{bucket}_{processes.rank()}.pth")
+
+
+def test_gradients_are_averaged_in_buckets_of_any_size(dataset):
+    ok(together(2, dataset / "out", mean_gradients, dataset))
+    single, whole = ([state(dataset / f"mean_{bucket}_{rank}.pth") for rank in (0, 1)] for bucket in (1, 10**6))
+    assert len(whole[0]["found"]) == 6
+    for k in range(6):
+        expected = (whole[0]["alone"][k] + whole[1]["alone"][k]) / 2
+        for part in (*single, *whole):
+            torch.testing.assert_close(part["found"][k], expected)
+        assert not torch.equal(single[0]["kept"][k], single[1]["kept"][k])  # a part that is not the last stays apart
+
+
 # ---------------------------------------------------------------- one voice
 
 
@@ -267,7 +342,7 @@ def test_an_error_in_one_process_ends_all(stages, dataset):
 def test_without_torchrun_there_is_no_group(run):
     assert run("warmup", "warmup.crdomix=false")[0] == 0
     assert not dist.is_initialized()
-    assert (processes.world(), processes.rank(), processes.alone()) == (1, 0, None)
+    assert (processes.world(), processes.rank()) == (1, 0)
 
 
 # ---------------------------------------------------------------- the death of one

@@ -1,6 +1,7 @@
 """The commands, from files to files: all stages on small data, resuming, results, pictures, demo data."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -338,26 +339,46 @@ def test_an_exported_network_gives_the_same_logits_at_any_size(dataset, run, con
         assert (logits.argmax(1) == expected.argmax(1)).mean() > 0.999
 
 
-def test_tiles_give_what_the_whole_image_gives(dataset, run):
-    """To rounding, where the network sees no farther than the overlap; its statistics are of the whole image."""
-    torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), models.Head(8, 32, dilations=(1, 2))]
-    model = nn.Sequential(*layers, nn.Conv2d(32, 3, 3, stride=2, padding=1)).eval()
-    for module in model.modules():
-        if isinstance(module, nn.GroupNorm):
-            nn.init.normal_(module.weight)
-    image = torch.rand(1, 3, 290, 330) * torch.linspace(0, 2, 330)
-    network = lambda x: (model(x),)  # noqa: E731
-    network.modules = model.modules
-    with torch.no_grad():
-        (whole,) = network(image)
-        (tiles,) = metrics.tiled(network, image, (128, 256))
-        (portrait,) = metrics.tiled(network, image.transpose(2, 3), (128, 256))
-        assert torch.equal(metrics.tiled(network, image, (384, 384))[0], whole)
-        torch.testing.assert_close(portrait, network(image.transpose(2, 3))[0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(tiles, whole, rtol=1e-4, atol=1e-4)
-    assert not any(module._forward_hooks for module in model.modules())
+def averaged(network, image, size, tops, lefts):
+    """The mean of a network's logits over windows, pixel by pixel."""
+    kept = [[[] for _ in range(image.shape[3])] for _ in range(image.shape[2])]
+    for top in tops:
+        for left in lefts:
+            logits = network(image[..., top : top + size[0], left : left + size[1]])[0]
+            logits = torch.nn.functional.interpolate(logits.float(), size, mode="bilinear", align_corners=True)[0]
+            for i in range(size[0]):
+                for j in range(size[1]):
+                    kept[top + i][left + j].append(logits[:, i, j])
+    return torch.stack([torch.stack([torch.stack(x).mean(0) for x in row], 1) for row in kept], 1)[None]
 
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_sliding_window_is_the_mean_over_its_windows(precision):
+    """A network of 64 channels in 32 groups, in channels-last, as training leaves it."""
+    torch.manual_seed(0)
+    model = models.build_segmenter("resnet18", 8, 8, 64).eval().to(memory_format=torch.channels_last)
+    image = torch.rand(1, 3, 75, 130)
+    with torch.no_grad(), torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        (ours,) = metrics.sliding_window(model, image, [64, 96])
+        (portrait,) = metrics.sliding_window(model, image.transpose(2, 3), [64, 96])
+        assert torch.equal(metrics.sliding_window(model, image, [96, 160])[0], model(image)[0])
+        expected = averaged(model, image, (64, 96), (0, 11), (0, 34))
+        turned = averaged(model, image.transpose(2, 3), (96, 64), (0, 34), (0, 11))
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if precision == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(ours, expected, **tolerance)
+    torch.testing.assert_close(portrait, turned, **tolerance)
+
+
+def test_windows_cover_an_image_at_less_than_twice_its_pixels():
+    for side in range(33, 5000, 7):
+        size, starts = metrics._windows(side, 512)
+        assert size <= 512
+        assert (starts[0], starts[-1] + size) == (0, side)
+        assert all(before + size - after >= size // 4 - 1 for before, after in itertools.pairwise(starts))
+        assert len(starts) * size <= (4 / 3) * side + 32 * len(starts)
+
+
+def test_a_picture_larger_than_a_window_is_segmented_at_its_size(dataset, run):
     save(dataset / "photos/a.jpg", picture(7, (140, 210))[0])
     ok(run("warmup", "warmup.crdomix=false"))
     given = ("--weights", "warmup.pth", "--images", dataset / "photos", "--out", dataset / "out", "val.size=null")
@@ -413,6 +434,64 @@ def test_evaluation_errors(dataset, run, arguments, part, monkeypatch):
     assert code == 2
     assert part in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_labels_without_a_class_to_score_are_named(dataset, run):
+    """Before a score is written, and while training."""
+    nothing = "val.ids={7: null, 23: null, 26: null, 0: null}"
+    code, _, err = run("warmup", "warmup.crdomix=false", "val_every=2", nothing)
+    assert (code, err) == (2, "warmup.py: val: no pixel of its labels belongs to a class; are val.ids right?\n")
+    ok(run("warmup", "warmup.crdomix=false", "--force"))
+    code, _, err = run("evaluate", nothing)
+    assert (code, err) == (2, "evaluate.py: val: no pixel of its labels belongs to a class; are val.ids right?\n")
+    assert not (dataset / "runs/test/results.json").exists()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_memory_that_is_not_enough_is_one_line(monkeypatch, capsys, device):
+    import engine
+
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    monkeypatch.setattr(sys, "argv", ["warmup.py"])
+    with pytest.raises(SystemExit) as stop:
+        engine.command(lambda: torch.empty(2**46, dtype=torch.uint8, device=device))
+    err = capsys.readouterr().err
+    assert (stop.value.code, len(err.splitlines())) == (2, 1)
+    assert "raise accumulate" in err
+
+
+def test_a_backbone_with_a_rate_of_zero_stands_still(dataset, run):
+    ok(run("warmup", "warmup.crdomix=false", "warmup.steps=1", "name=one", "optimizer.lr_backbone=0"))
+    ok(run("warmup", "warmup.crdomix=false", "warmup.steps=3", "name=more", "optimizer.lr_backbone=0"))
+    one, more = (state(dataset / f"runs/{name}/warmup.pth")["student"] for name in ("one", "more"))
+    for name, value in one.items():
+        moved = not torch.equal(value, more[name])
+        if name.startswith(("classifier.", "head.project.0.")):
+            assert moved, name
+        if name.startswith("backbone.") and name.endswith((".weight", ".bias")):
+            assert not moved, name
+
+
+@pytest.mark.parametrize("wanted", ["auto", "true"])
+def test_a_network_that_cannot_be_compiled_is_told_in_one_line(capsys, monkeypatch, wanted):
+    """With a C++ compiler that does not exist, which PyTorch's own compiler meets when it needs one."""
+    import engine
+
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    monkeypatch.setattr(engine.Compiled, "told", False)
+    torch._dynamo.reset()
+    module, x = nn.Sequential(nn.Linear(3, 3), nn.Sigmoid(), nn.Softmax(1)), torch.rand(2, 3)
+    compiled = engine.Compiled(module, falls_back=wanted == "auto")
+    if wanted == "true":
+        with pytest.raises(engine.UserError, match="set compile=false"):
+            compiled(x)
+        return
+    for _ in range(2):
+        assert torch.equal(compiled(x), module(x))
+    err = capsys.readouterr().err.splitlines()
+    assert len([line for line in err if "goes on without compilation" in line]) == 1
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_it(dataset, run):
