@@ -294,9 +294,8 @@ def mean_gradients(folder):
         for last in (False, True):  # two parts, of which the second ends the step
             if last:
                 mean.begin()
-            (
-                network[1](network[0](torch.randn(6, 5))).sum() + network[3](torch.randn(1, 3, 8, 8)).square().sum()
-            ).backward()
+            outputs = network[1](network[0](torch.randn(6, 5))), network[3](torch.randn(1, 3, 8, 8))
+            sum(output.square().sum() for output in outputs).backward()
             if not last:
                 kept = [p.grad.clone() for p in network.parameters() if p.grad is not None]
         alone = [p.grad.clone() for p in network.parameters() if p.grad is not None] if bucket > 1 else None

@@ -1,7 +1,7 @@
 """Every shipped configuration at its own sizes, on the CPU, as a user runs it: LONG=1 and an hour.
 
 The other tests make each configuration small. What goes wrong at real sizes alone (memory, tiles,
-files of the real layouts) shows here, on two or three made-up files of each dataset and with one
+files of the real layouts) shows here, on two made-up files of each split and with one
 step a stage. A table of seconds and memory follows, a row per command.
 """
 
@@ -70,7 +70,9 @@ def scene(seed, size, ids):
     """An image of `size` and its label map: a patchwork in which every class is, under a void strip."""
     values, void = ids
     rng = np.random.default_rng(seed)
-    cells = rng.permutation(np.resize(np.arange(len(values)), 8 * 12)).reshape(8, 12).astype(np.uint8)
+    cells = (
+        rng.permutation(np.resize(np.arange(len(values)), 8 * 12)).reshape(8, 12).astype(np.uint8)
+    )
     cells = cv2.resize(cells, size[::-1], interpolation=cv2.INTER_NEAREST)
     colours = np.array([row[0] for row in CITYSCAPES.values()], np.uint8)[: len(values)]
     image = colours[cells] // 2 + rng.integers(0, 96, (*size, 3), dtype=np.uint8)
@@ -90,7 +92,7 @@ def world(tmp_path_factory):
     """A folder to work in, with data/ where the configurations look for it, and one large picture."""
     world = tmp_path_factory.mktemp("real_size")
     data = world / "data"
-    for i in range(3):
+    for i in range(2):
         image, label = scene(i, (1052, 1914), CITYSCAPES_IDS)
         save(data / f"gta5/images/{i + 1:05d}.png", image)
         paletted(data / f"gta5/labels/{i + 1:05d}.png", label)
@@ -101,7 +103,7 @@ def world(tmp_path_factory):
         save(data / f"synthia/RGB/{i:07d}.png", image)
         save(data / f"synthia/GT/LABELS/{i:07d}.png", coded)
 
-    for n, name in enumerate(("train/aachen", "train/aachen", "train/bochum", "val/lindau", "val/lindau")):
+    for n, name in enumerate(("train/aachen", "train/bochum", "val/lindau", "val/lindau")):
         image, label = scene(10 + n, (1024, 2048), CITYSCAPES_IDS)
         stem = f"{name}/{name.split('/')[1]}_{n:06d}_000019"
         save(data / f"cityscapes/leftImg8bit/{stem}_leftImg8bit.png", image)
@@ -115,7 +117,7 @@ def world(tmp_path_factory):
         save(data / f"mapillary/validation/images/{i}.jpg", image)
         paletted(data / f"mapillary/validation/labels/{i}.png", label)
 
-    for n, name in enumerate(("source", "target/train", "target/val") * 3):
+    for n, name in enumerate(("source", "target/train", "target/val") * 2):
         image, label = scene(40 + n, (360, 480), CAMVID_IDS)
         save(data / f"camvid_day2dusk/{name}/images/{n:04d}.png", image)
         save(data / f"camvid_day2dusk/{name}/labels/{n:04d}.png", label)
@@ -199,7 +201,9 @@ class Shipped:
     def run(self, stage, *arguments):
         """stdout of a command that must do without errors and warnings."""
         code, out, err = self.call(stage, *arguments)
-        assert (code, err) == (0, ""), f"{self.name}, {stage}: exit code {code}\n{out[-2000:]}\n{err[-4000:]}"
+        assert (code, err) == (0, ""), (
+            f"{self.name}, {stage}: exit code {code}\n{out[-2000:]}\n{err[-4000:]}"
+        )
         return out
 
 
@@ -219,7 +223,9 @@ def shipped(request, world, table):
 
 def names(folder):
     """The files below a folder without their extensions."""
-    return sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*") if p.is_file())
+    return sorted(
+        str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*") if p.is_file()
+    )
 
 
 def shape(path):
@@ -235,7 +241,7 @@ def test_the_stages_of_a_configuration_end_with_networks_and_finite_losses(shipp
     lines = map(json.loads, (shipped.folder / "log.jsonl").read_text().splitlines())
     losses = {line["stage"]: line["loss"] for line in lines if "finished" not in line}
     translator = ["translator"] if "translate" in shipped.cfg.stages else []
-    assert list(losses) == [*translator, *shipped.networks]
+    assert sorted(losses) == sorted([*translator, *shipped.networks])
     assert all(map(math.isfinite, losses.values()))
     for stage in shipped.networks:
         picture = "mixed_image" if stage.startswith("selftrain") else "source_image"
@@ -261,7 +267,7 @@ def test_pseudo_labels_have_the_names_and_sizes_of_the_target_and_hold_classes(s
     wanted = names(originals)
     if target.list:
         wanted = [name for name in wanted if name in (shipped.world / target.list).read_text()]
-        assert len(wanted) == 2
+        assert len(wanted) == 1
     for n in range(shipped.cfg.selftrain.rounds):
         labels = shipped.folder / f"pseudo_labels/round{n + 1}"
         assert names(labels) == wanted
@@ -276,7 +282,9 @@ def test_every_network_is_scored_and_the_report_shows_it(shipped):
     shipped.run("evaluate", *shipped.overrides)
     results = json.loads((shipped.folder / "results.json").read_text())
     wanted = dict.fromkeys(shipped.networks, cfg.val)
-    wanted |= {f"{s}_on_{key}": spec for key, spec in cfg.more_val.items() for s in shipped.networks}
+    wanted |= {
+        f"{s}_on_{key}": spec for key, spec in cfg.more_val.items() for s in shipped.networks
+    }
     assert set(results) == set(wanted)
     for entry in results.values():
         # every class is in the labels, so that each has an IoU
@@ -298,7 +306,7 @@ def test_every_network_is_scored_and_the_report_shows_it(shipped):
 
     shipped.run("report", shipped.folder)
     page = (shipped.folder / "report.html").read_text(encoding="utf-8")
-    assert all(stage in page for stage in results)
+    assert all(f"{entry['miou']:.1f}" in page for entry in results.values())
 
 
 def test_a_picture_larger_than_a_tile_is_segmented_at_its_own_size(shipped):
@@ -315,9 +323,13 @@ def test_a_network_is_exported_or_says_in_one_line_that_it_cannot_be(shipped):
     file = shipped.world / "network.onnx"
     weights = shipped.folder / f"{shipped.networks[-1]}.pth"
     code, out, err = shipped.call("export", "--weights", weights, "--export", file)
-    reason = next((why for part, why in NOT_EXPORTED.items() if part in shipped.cfg.model.network), None)
+    reason = next(
+        (why for part, why in NOT_EXPORTED.items() if part in shipped.cfg.model.network), None
+    )
     if reason is None:
-        assert (code, err) == (0, ""), f"{shipped.name}: exit code {code}\n{out[-2000:]}\n{err[-4000:]}"
+        assert (code, err) == (0, ""), (
+            f"{shipped.name}: exit code {code}\n{out[-2000:]}\n{err[-4000:]}"
+        )
         assert file.stat().st_size > 1e6
         file.unlink()
     else:
