@@ -1,7 +1,8 @@
-"""What happens to a batch on the device: strong views, class masks and mixing.
+"""Views of a batch on the device: the strong view, CrDoMix and class mixing.
 
-Every random number is an input: `draws`, uniform in [0, 1), one row an image, made where the image was loaded as a pure
-function of (seed, stage, step, index). So a step gives the same views on any machine, in any number of processes.
+Every random number is an input. `draws` (B, DRAWS) float32 in [0, 1) comes with each image, a pure
+function of (seed, stage, step, index): a step has the same views on any machine and in any number
+of processes. Images are (B, 3, H, W) float32, RGB in [0, 1]; labels (B, H, W) int64, 255 ignored.
 """
 
 import functools
@@ -10,29 +11,31 @@ import torch
 import torch.nn.functional as F
 
 IGNORED = 255
-DRAWS = 8 + 256 + 256  # per image: for its strong view, for CrDoMix's classes, for class mixing's
+DRAWS = 8 + 256 + 256  # per image: for the strong view, CrDoMix's classes, class mixing's classes
 FOR_STRONG, FOR_CRDOMIX, FOR_MIXING = slice(0, 8), slice(8, 264), slice(264, 520)
 GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601 luma, as in torchvision
 SECTORS = (5, 3, 1)  # of red, green and blue in the circle of hues
 GAUSSIAN = (0.319168, 0.361664, 0.319168)  # three taps, sigma 2
-SMOOTHING = ((1 / 13, 1 / 13, 1 / 13), (1 / 13, 5 / 13, 1 / 13), (1 / 13, 1 / 13, 1 / 13))  # as in torchvision
+SMOOTHING = ((1 / 13,) * 3, (1 / 13, 5 / 13, 1 / 13), (1 / 13,) * 3)  # as in torchvision
 
 
 def cross_domain_mix(images, labels, translated, draws, beta):
-    """CrDoMix: x_cdm = M x~_s + (1 - M) G(x_s), M some of the classes of y_s. Without `translated` it is x~_s alone.
+    """Return CrDoMix's x_cdm = M x~_s + (1 - M) G(x_s), (B, 3, H, W).
 
-    images, translated (B, 3, H, W), RGB in [0, 1]; labels (B, H, W), int64; draws (B, DRAWS). Returns (B, 3, H, W).
+    M covers half of the classes of y_s. translated: G(x_s), or None: x_cdm is x~_s then.
     """
     strong = strong_view(images, draws[:, FOR_STRONG], beta)
     if translated is None:
         return strong
-    return mix(class_mask(labels, choose_classes(labels, draws[:, FOR_CRDOMIX])), strong, translated)
+    mask = class_mask(labels, choose_classes(labels, draws[:, FOR_CRDOMIX]))
+    return mix(mask, strong, translated)
 
 
 def class_mix(images, labels, target_images, target_labels, draws, beta):
-    """Class mixing (DACS): x_mix = M' x_s + (1 - M') x~_t, and y_mix alike; the source's part is the weak view.
+    """Return class mixing's x_mix = M' x_s + (1 - M') x~_t and y_mix, mixed alike (as in DACS).
 
-    draws, a pair of (B, DRAWS): the source's, which choose M', and the target's, for its strong view.
+    The source's part is the weak view. draws: a pair of (B, DRAWS); the source's choose M', the
+    target's make its strong view.
     """
     mask = class_mask(labels, choose_classes(labels, draws[0][:, FOR_MIXING]))
     strong = strong_view(target_images, draws[1][:, FOR_STRONG], beta)
@@ -40,10 +43,10 @@ def class_mix(images, labels, target_images, target_labels, draws, beta):
 
 
 def strong_view(images, draws, beta):
-    """x~ = beta A(x) + (1 - beta) x, each image with its own A.
+    """Return x~ = beta A(x) + (1 - beta) x, (B, 3, H, W), with an A of its own for each image.
 
-    A: colour jitter (brightness 0.4, contrast 0.4, saturation 0.2, hue 0.1; p 0.5), grayscale (p 0.3), 3x3 Gaussian blur
-    (sigma 2, p 0.8), sharpness 0.5 (p 0.3). images (B, 3, H, W), RGB in [0, 1]; draws (B, 8). Returns (B, 3, H, W).
+    A: colour jitter (brightness 0.4, contrast 0.4, saturation 0.2, hue 0.1; p 0.5), grayscale
+    (p 0.3), 3x3 Gaussian blur (sigma 2, p 0.8), sharpness 0.5 (p 0.3). draws: (B, 8).
     """
     draws = draws[:, :, None, None, None]
     spread = (2 * draws[:, 1:5] - 1) * (draws[:, :1] < 0.5)
@@ -60,12 +63,12 @@ def strong_view(images, draws, beta):
 
 
 def gray(images):
-    """Luma (B, 1, H, W) of RGB images (B, 3, H, W)."""
+    """Return the luma of images, (B, 1, H, W)."""
     return (images * _constant(GRAY, images.device)[:, None, None]).sum(1, keepdim=True)
 
 
 def shift_hue(images, turns):
-    """Turns the hue of RGB images (B, 3, H, W) in [0, 1] by `turns` (B, 1, 1, 1) full circles, in HSV space."""
+    """Return images with their hue turned by `turns` (B, 1, 1, 1) full circles, in HSV space."""
     red, green, blue = images.split(1, 1)
     value = images.amax(1, keepdim=True)
     chroma = value - images.amin(1, keepdim=True)
@@ -73,45 +76,44 @@ def shift_hue(images, turns):
     hue = torch.where(red == value, green - blue, lower) / chroma.clamp(min=1e-8)
     sector = (hue + 6 * turns + _constant(SECTORS, images.device)[:, None, None]) % 6
     turned = value - chroma * torch.minimum(sector, 4 - sector).clamp(0, 1)
-    return turned.contiguous(memory_format=torch.channels_last)  # for the convolutions that follow
+    return turned.contiguous(memory_format=torch.channels_last)  # for the convolutions to come
 
 
 def _blend(base, images, factor):
-    """base + factor (images - base), kept in [0, 1]: factor 0 gives base, 1 the images."""
+    """Return base + factor (images - base), clamped to [0, 1]."""
     return (base + factor * (images - base)).clamp(0, 1)
 
 
 def _filter(images, kernel):
-    return F.conv2d(F.pad(images, (1, 1, 1, 1), mode="reflect"), kernel.expand(3, 1, 3, 3), groups=3)
+    padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+    return F.conv2d(padded, kernel.expand(3, 1, 3, 3), groups=3)
 
 
 @functools.cache
 def _constant(values, device):
-    """A tensor of single precision, made once: the copy to a GPU waits until all that was begun there has ended."""
+    """Return a float32 tensor, made once: a copy to a GPU makes the host wait."""
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def choose_classes(labels, scores):
-    """Half of the classes present in each label map, rounded down, plus always the ignored region.
+    """Return which label values to take, (B, 256) bool, for class_mask.
 
-    labels (B, H, W), int64; scores (B, 256), uniform draws: the classes with the highest scores are taken. 255 counts as
-    one of the classes present. Returns chosen (B, 256), bool, for class_mask.
+    Half of the values present, rounded down, those with the highest scores; 255 counts as one of
+    them, and is always taken. scores: (B, 256), uniform draws.
     """
     present = torch.zeros_like(scores).scatter_(1, labels.flatten(1), 1.0)
     rank = (scores * present).argsort(1, descending=True).argsort(1)
     chosen = (rank < present.sum(1, keepdim=True) // 2) & present.bool()
-    chosen.select(1, IGNORED).fill_(True)
+    chosen.select(1, IGNORED).fill_(True)  # an assignment would copy True to the device
     return chosen
 
 
 def class_mask(labels, chosen):
-    """M: True where the label is one of the image's chosen values.
-
-    labels (B, H, W), integers in 0 ... 255; chosen (B, 256), bool. Returns (B, 1, H, W), bool.
-    """
+    """Return M, (B, 1, H, W) bool: True where the label is one of the image's chosen values."""
     return chosen.gather(1, labels.long().flatten(1)).view_as(labels)[:, None]
 
 
 def mix(mask, front, back):
-    """M front + (1 - M) back, for images (B, 3, H, W) and for label maps (B, H, W) alike; mask (B, 1, H, W)."""
-    return torch.where(mask.bool() if front.dim() == 4 else mask[:, 0].bool(), front, back)
+    """Return M front + (1 - M) back, for images (B, 3, H, W) or label maps (B, H, W)."""
+    mask = mask.bool() if front.dim() == 4 else mask[:, 0].bool()
+    return torch.where(mask, front, back)

@@ -1,16 +1,25 @@
 #!/usr/bin/env bash
-# All stages of a configuration, then their evaluation and report:  bash run_all.sh [CONFIG] [key.sub=value ...]
-# Stages that are finished are not run again; one that was interrupted goes on where it was.
-# NPROC=N bash run_all.sh ... runs each stage in N processes, a GPU each if there are any.
+# Run all stages of a configuration, evaluate them and write the report:
+#   bash run_all.sh [CONFIG] [key.sub=value ...]
+# Finished stages are not run again; a stage that was interrupted resumes.
+# NPROC=N bash run_all.sh ... runs each stage in N processes, on a GPU each if there are any.
 set -euo pipefail
 cd "$(dirname "$0")"
-. ./env.sh
+. tools/env.sh
 
 config="config.yaml"
 if [ $# -gt 0 ] && [[ "$1" != *=* ]]; then config="$1"; shift; fi
-plan=$(python -c 'import sys; from config import load_config; from engine import command
-def plan(cfg): print(cfg.output, cfg.name, sep="/"); print(*cfg.stages)
-command(lambda: plan(load_config(sys.argv[1], sys.argv[2:])))' "$config" "$@")
+plan=$(python -c '
+import sys
+from engine.command import command
+from settings import load_config
+
+def main():
+    cfg = load_config(sys.argv[1], sys.argv[2:])
+    print(cfg.output, cfg.name, sep="/")
+    print(*cfg.stages)
+
+command(main)' "$config" "$@")
 { IFS= read -r folder; read -r stages; } <<< "$plan"
 
 run=python
@@ -21,7 +30,7 @@ fi
 for stage in $stages; do
   echo "== $stage"
   case $stage in
-    demo_data)   python make_demo_data.py --cfg "$config" "$@" ;;
+    demo_data)   python -m tools.make_demo_data --cfg "$config" "$@" ;;
     translate)   $run translate_cyclegan.py --cfg "$config" "$@" ;;
     source_only) $run warmup.py --cfg "$config" --as source_only "$@" \
                    warmup.distill=0 warmup.crdomix=false bn_recalibrate=[source] ;;
@@ -34,4 +43,4 @@ done
 
 echo "== evaluate"
 $run evaluate.py --cfg "$config" "$@"
-python report.py "$folder"
+python -m tools.report "$folder"

@@ -1,6 +1,6 @@
-"""Stage 2: threshold-free self-training on bilateral-consensus pseudo-labels, in rounds. Leaves runs/NAME/selftrain.pth.
+"""Stage 2: threshold-free self-training on bilateral-consensus pseudo-labels, in rounds.
 
-python selftrain.py --cfg config.yaml --init warmup.pth
+Leaves runs/NAME/selftrain.pth:  python selftrain.py --cfg config.yaml --init warmup.pth
 """
 
 import itertools
@@ -9,44 +9,61 @@ import math
 import torch
 from torch.utils.data import StackDataset
 
-from augment import class_mix, cross_domain_mix, strong_view
-from config import classes, load_config
+from augment import FOR_STRONG, class_mix, cross_domain_mix, strong_view
 from datasets import Aligned, Crops, Images, RecalibrationImages, Whole, loader, translated_images
-from engine import Run, arguments, command
-from files import find
-from images import image_writer, read_label
-from losses import Centroids, bilateral_consensus, ohem_loss, supervised_loss, symmetric_distillation
+from engine.command import arguments, command
+from engine.files import find
+from engine.images import image_writer, read_label
+from engine.loop import part_size
+from engine.processes import all_gather_rows, in_batch_order
+from engine.run import Run
+from losses import (
+    Centroids,
+    bilateral_consensus,
+    ohem_loss,
+    supervised_loss,
+    symmetric_distillation,
+)
 from metrics import predictions, validate
-from models import build_optimizer, ema_update, load_segmenter, make_teacher, recalibrate_batchnorm, set_learning_rate
-from processes import gathered, in_order
+from models import (
+    build_optimizer,
+    ema_update,
+    load_segmenter,
+    make_teacher,
+    recalibrate_batchnorm,
+    set_learning_rate,
+)
+from settings import classes, load_config
 
-SCALES = (1.0, 0.5)  # of the probability labels; centroids from target images are taken at the last
+SCALES = (1.0, 0.5)  # of the probability labels; centroids of target images are taken at the last
 
 
 def main():
     parser = arguments(__doc__)
-    parser.add_argument("--init", default="warmup.pth", metavar="FILE", help="what round 1 starts from (%(default)s)")
+    init = {"default": "warmup.pth", "metavar": "FILE"}
+    parser.add_argument("--init", **init, help="network to start from (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="replace earlier results")
     args = parser.parse_intermixed_args()
     cfg = load_config(args.cfg, args.overrides)
     init = find(args.init, cfg)
     for number in range(1, cfg.selftrain.rounds + 1):
-        stage = "selftrain" if number == cfg.selftrain.rounds else f"selftrain_round{number}"
-        run = Run(cfg, stage, "selftrain")
-        if not run.is_finished(args.force, [init, *[run.folder / "translator.pth"] * cfg.selftrain.crdomix]):
+        last = number == cfg.selftrain.rounds
+        run = Run(cfg, "selftrain" if last else f"selftrain_round{number}", "selftrain")
+        inputs = [init, *[run.folder / "translator.pth"] * cfg.selftrain.crdomix]
+        if not run.is_finished(args.force, inputs):
             train(run, init, run.folder / "pseudo_labels" / f"round{number}")
         init = run.result
 
 
 def train(run, init, folder):
-    """One round, from the network in the file `init`; `folder`: of its probability labels."""
+    """Run one round from the network in the file `init`; probability labels go to `folder`."""
     cfg, options, total = run.cfg, run.cfg.selftrain, run.cfg.selftrain.steps
 
     # data
     source = Images(cfg, "source", labelled=True)
     target = Images(cfg, "target", labelled=False)
     beside = {"translated": translated_images(cfg, source)} if options.crdomix else {}
-    size = run.part_size()
+    size = part_size(cfg, "selftrain")
     source_crops = Crops(cfg, run.stage, "source", source, options.batch, total, **beside)
     recalibration = RecalibrationImages(run, options.batch)
     val = Images(cfg, "val", labelled=True) if cfg.val_every else None
@@ -57,13 +74,8 @@ def train(run, init, folder):
     teacher = make_teacher(student)
     optimizer = build_optimizer(student, **cfg.optimizer)
     centroids = Centroids(len(classes(cfg)), student.channels, options.momentum).to(run.device)
-    state = {
-        "student": student,
-        "teacher": teacher,
-        "optimizer": optimizer,
-        "scaler": run.scaler,
-        "centroids": centroids,
-    }
+    state = {"student": student, "teacher": teacher, "optimizer": optimizer, "scaler": run.scaler}
+    state["centroids"] = centroids
     first = run.resume(state)
 
     # probability labels and first centroids, fixed before the round's training begins
@@ -72,36 +84,42 @@ def train(run, init, folder):
         first = 0
         class_means = label_target(run, student, target, centroids, folder)
         if options.centroids == "crdomix":
-            class_means = itertools.chain(class_means, class_means_of_source(run, student, source, beside, centroids))
-        for means, found in in_order(class_means):
+            of_source = class_means_of_source(run, student, source, beside, centroids)
+            class_means = itertools.chain(class_means, of_source)
+        for means, found in in_batch_order(class_means):
             centroids.accumulate(means.to(run.device), found)
         student.train()
-        run.save(run.unfinished, first, state, overall={}, seconds=run.seconds())
-    labels = Aligned(folder, target.names, read_label, "give --force to make the pseudo-labels anew")
-    target_crops = Crops(cfg, run.stage, "target", target, options.batch, total, pseudo=labels, **truth)
+        run.save_unfinished(first, state)
+    labels = Aligned(folder, target.names, read_label, "give --force to make pseudo-labels anew")
+    beside_target = {"pseudo": labels, **truth}
+    target_crops = Crops(cfg, run.stage, "target", target, options.batch, total, **beside_target)
 
     # training
     network, teacher_network = run.parallel(student), run.compiled(teacher)
+    supervised = {"ce": supervised_loss, "ohem": ohem_loss}[cfg.supervised]
     crops = StackDataset(source=source_crops, target=target_crops)
     crops = loader(run, crops, first * source_crops.batch_size, size)
-    supervised = {"ce": supervised_loss, "ohem": ohem_loss}[cfg.supervised]
     for step, parts in run.steps(crops, first, total, state):
         set_learning_rate(optimizer, step, total, **cfg.optimizer)
         ema_update(teacher, student, step, cfg.ema_limit)
         target_means, source_means = [], []
         for batch in parts:
-            x_s, y_s, draws = batch["source"]["image"], batch["source"]["label"], batch["source"]["draws"]
-            x_t, y_p, target_draws = batch["target"]["image"], batch["target"]["pseudo"], batch["target"]["draws"]
-            x_cdm = cross_domain_mix(x_s, y_s, batch["source"].get("translated"), draws, options.strong)
+            of_source, of_target = batch["source"], batch["target"]
+            x_s, y_s, draws = of_source["image"], of_source["label"], of_source["draws"]
+            x_t, y_p, target_draws = of_target["image"], of_target["pseudo"], of_target["draws"]
+            translated = of_source.get("translated")
+            x_cdm = cross_domain_mix(x_s, y_s, translated, draws, options.strong)
 
             with torch.no_grad(), run.autocast():
-                teacher_logits, teacher_features, _ = teacher_network(torch.cat([x_s, x_cdm, x_t]))
-            y_f = centroids.assign(teacher_features[2 * size :], y_p.shape[-2:])
-            y_t = {"consensus": bilateral_consensus(y_p, y_f), "probability": y_p, "feature": y_f}[options.labels]
+                teacher_logits, features, _ = teacher_network(torch.cat([x_s, x_cdm, x_t]))
+            y_f = centroids.assign(features[2 * size :], y_p.shape[-2:])
+            consensus = bilateral_consensus(y_p, y_f)
+            y_t = {"consensus": consensus, "probability": y_p, "feature": y_f}[options.labels]
             if options.class_mixing:
-                x_mix, y_mix = class_mix(x_s, y_s, x_t, y_t, (draws, target_draws), options.strong)
+                both = draws, target_draws
+                x_mix, y_mix = class_mix(x_s, y_s, x_t, y_t, both, options.strong)
             else:
-                x_mix, y_mix = strong_view(x_t, target_draws[:, :8], options.strong), y_t
+                x_mix, y_mix = strong_view(x_t, target_draws[:, FOR_STRONG], options.strong), y_t
 
             with run.autocast():
                 logits, _, auxiliary = network(torch.cat([x_s, x_cdm, x_mix]))
@@ -110,33 +128,32 @@ def train(run, init, folder):
             if cfg.model.auxiliary:
                 ce = ce + cfg.model.auxiliary * supervised(auxiliary[:size], y_s)
                 ce_mix = ce_mix + cfg.model.auxiliary * supervised(auxiliary[2 * size :], y_mix)
-            kd = symmetric_distillation(
-                logits[: 2 * size], teacher_logits[: 2 * size], options.strong_to_weak, y_s.shape[-2:]
-            )
+            pair, kappa, label_size = slice(2 * size), options.strong_to_weak, y_s.shape[-2:]
+            kd = symmetric_distillation(logits[pair], teacher_logits[pair], kappa, label_size)
             loss = ce + ce_mix + options.distill * kd
 
             run.scaler.scale(loss / cfg.accumulate).backward()
-            of_t, of_cdm = slice(2 * size, None), slice(size, 2 * size)
-            target_means += [centroids.class_means(teacher_features[of_t], teacher_logits[of_t], y_t, padded=True)]
-            source_means += [centroids.class_means(teacher_features[of_cdm], teacher_logits[of_cdm], y_s, padded=True)]
+            for part, y, found in (
+                (slice(2 * size, None), y_t, target_means),
+                (slice(size, 2 * size), y_s, source_means),
+            ):
+                means = centroids.class_means(features[part], teacher_logits[part], y, padded=True)
+                found.append(means)
 
             run.log(loss=loss, ce=ce, ce_mix=ce_mix, kd=kd, kept=(y_t != 255).float().mean())
             run.log(lr=optimizer.param_groups[0]["lr"])
             if options.diagnose:
-                known = batch["target"]["truth"] != 255
-                run.log(
-                    precision=((known & (y_t == batch["target"]["truth"])).sum(), (known & (y_t != 255)).sum()),
-                    probability_accuracy=((known & (y_p == batch["target"]["truth"])).sum(), known.sum()),
-                )
+                diagnose(run, y_p, y_t, of_target["truth"])
 
         run.scaler.step(optimizer)
         run.scaler.update()
         optimizer.zero_grad()
         for means, found in target_means + source_means:
-            centroids.move(gathered(means), gathered(found))
+            centroids.move(all_gather_rows(means), all_gather_rows(found))
         if run.shows:
-            run.show(target_image=x_t, probability_labels=y_p, feature_labels=y_f, pseudo_labels=y_t,
-                     mixed_image=x_mix, mixed_labels=y_mix, truth=batch["target"].get("truth"))  # fmt: skip
+            pictures = {"target_image": x_t, "probability_labels": y_p, "feature_labels": y_f}
+            pictures |= {"pseudo_labels": y_t, "mixed_image": x_mix, "mixed_labels": y_mix}
+            run.show(classes(cfg), **pictures, truth=of_target.get("truth"))
         if cfg.val_every and (step + 1) % cfg.val_every == 0:
             validate(run, step + 1, val, recalibration, student, teacher)
 
@@ -147,9 +164,13 @@ def train(run, init, folder):
 
 
 def label_target(run, model, target, centroids, folder):
-    """Writes y^p for every target image as an 8-bit PNG of the image's size; yields its class means if centroids come from it."""
+    """Write y^p of every target image as an 8-bit PNG of the image's size.
+
+    Yields the class means of each image where cfg.selftrain.centroids is "target".
+    """
+    whole = Whole(target, run.cfg.target.sizes[-1])
     with image_writer() as write_image:
-        for sample, labels, outputs in predictions(run, model, Whole(target, run.cfg.target.sizes[-1]), SCALES):
+        for sample, labels, outputs in predictions(run, model, whole, SCALES):
             name = target.names[sample["index"]].rpartition(".")[0] + ".png"
             write_image(folder / name, labels.byte().cpu().numpy())
             if run.cfg.selftrain.centroids == "target":
@@ -159,17 +180,24 @@ def label_target(run, model, target, centroids, folder):
 
 @torch.no_grad()
 def class_means_of_source(run, model, source, beside, centroids):
-    """Yields those of x_cdm, the mixed source images, a batch at a time: of one crop of every image."""
-    options, model = run.cfg.selftrain, model.eval()
+    """Yield the class means of x_cdm, a batch at a time, on one crop of every source image."""
+    cfg, options, model = run.cfg, run.cfg.selftrain, model.eval()
     steps = math.ceil(len(source) / sum(options.batch))
-    crops = Crops(run.cfg, f"{run.stage} centroids", "source", source, options.batch, steps, **beside)
+    stage = f"{run.stage} centroids"
+    crops = Crops(cfg, stage, "source", source, options.batch, steps, **beside)
     for batch in map(run.fetch, loader(run, crops, 0, crops.batch_size)):
-        x_cdm = cross_domain_mix(
-            batch["image"], batch["label"], batch.get("translated"), batch["draws"], options.strong
-        )
+        x_s, y_s, translated = batch["image"], batch["label"], batch.get("translated")
+        x_cdm = cross_domain_mix(x_s, y_s, translated, batch["draws"], options.strong)
         with run.autocast():
             logits, features, _ = model(x_cdm)
-        yield centroids.class_means(features, logits, batch["label"])
+        yield centroids.class_means(features, logits, y_s)
+
+
+def diagnose(run, y_p, y_t, truth):
+    """Log the precision of y_t and the accuracy of y^p; all (B, H, W), truth 255 where unknown."""
+    known = truth != 255
+    precision = (known & (y_t == truth)).sum(), (known & (y_t != 255)).sum()
+    run.log(precision=precision, probability_accuracy=((known & (y_p == truth)).sum(), known.sum()))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Stage 0: source images in the target's style. Leaves runs/NAME/translator.pth and runs/NAME/translated/.
+"""Stage 0: translation of the source into the target's style. Leaves runs/NAME/translated/.
 
-    python translate_cyclegan.py --cfg config.yaml
-    python translate_cyclegan.py translation.weights=latest_net_G_A.pth      # writes images with a generator that exists
+python translate_cyclegan.py --cfg config.yaml
 
-A CycleGAN (Zhu et al., ICCV 2017) whose generator G: source -> target must also keep the pixels at the borders between
-classes, so that the source's labels stay valid for the translated image. Only G is used afterwards.
+A CycleGAN (Zhu et al., ICCV 2017) with a loss that keeps images as they are at borders between
+classes, so that the source's labels stay valid for the translated image. Only G: source -> target
+is used afterwards.
 """
 
 import itertools
@@ -15,13 +15,18 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import StackDataset, Subset
 
-from config import load_config
 from datasets import Aligned, Crops, Images, Whole, loader
-from engine import Run, arguments, command, progress
-from images import image_writer, read_image
+from engine.command import arguments, command
+from engine.config import UserError
+from engine.files import load_tensors
+from engine.images import image_writer, read_image
+from engine.log import progress
+from engine.loop import part_size
+from engine.processes import all_gather_rows, decided_by_first, rank, world
+from engine.run import Run
 from losses import semantic_edge_loss
-from processes import from_first, gathered, rank, world
-from translators import Discriminator, Generator, init_gan, load_generator
+from models import AUTHORS_BGR_MEAN, load_exactly
+from settings import classes, load_config
 
 POOL = 50  # earlier translations that the discriminators see half of the time
 
@@ -35,7 +40,8 @@ def main():
     options = cfg.translation
     source = Images(cfg, "source", labelled=options.images is None and options.weights is None)
     if options.images:
-        Aligned(options.images, source.names, read_image, "translation.images must hold every source image")
+        remedy = "translation.images must hold every source image"
+        Aligned(options.images, source.names, read_image, remedy)
         print(f"translator: {len(source)} translated images are in {options.images}")
         return
     if options.weights:
@@ -51,64 +57,71 @@ def train(run, source):
     cfg, options, total = run.cfg, run.cfg.translation, run.cfg.translation.steps
 
     # data
-    size = run.part_size()
+    size, batch_size = part_size(cfg, "translation"), sum(options.batch)
+    target = Images(cfg, "target", labelled=False)
     crops = StackDataset(
-        source=Crops(cfg, run.stage, "source", source, options.batch, total, options.crop),
-        target=Crops(cfg, run.stage, "target", Images(cfg, "target", False), options.batch, total, options.crop),
+        **{
+            domain: Crops(cfg, run.stage, domain, images, options.batch, total, options.crop)
+            for domain, images in (("source", source), ("target", target))
+        }
     )
 
     # generators, discriminators, optimizers
-    to_target, to_source = (run.place(Generator(options.filters, options.blocks).apply(init_gan)) for _ in range(2))
-    is_target, is_source = (run.place(Discriminator(options.filters).apply(init_gan)) for _ in range(2))
+    generators = [Generator(options.filters, options.blocks).apply(init_gan) for _ in range(2)]
+    to_target, to_source = map(run.place, generators)
+    discriminators = [Discriminator(options.filters).apply(init_gan) for _ in range(2)]
+    is_target, is_source = map(run.place, discriminators)
     pool_target, pool_source = (run.place(Pool(options.crop)) for _ in range(2))
     judges = nn.ModuleList([is_target, is_source])
-    adam = {
-        "lr": options.lr,
-        "betas": (0.5, 0.999),
-        "fused": run.device.type == "cuda",
-    }  # fused: GradScaler reads nothing back
-    optimizer = torch.optim.Adam([*to_target.parameters(), *to_source.parameters()], **adam)
+    trained = [*to_target.parameters(), *to_source.parameters()]
+    # fused on a GPU: with another Adam, the scaler of fp16 reads back in every step
+    adam = {"lr": options.lr, "betas": (0.5, 0.999), "fused": run.device.type == "cuda"}
+    optimizer = torch.optim.Adam(trained, **adam)
     judges_optimizer = torch.optim.Adam(judges.parameters(), **adam)
-    state = {
-        "generator": to_target, "back": to_source, "judges": judges, "pool_target": pool_target, "pool_source": pool_source,
-        "optimizer": optimizer, "judges_optimizer": judges_optimizer, "scaler": run.scaler,
-    }  # fmt: skip
+    state = {"generator": to_target, "back": to_source, "judges": judges}
+    state |= {"pool_target": pool_target, "pool_source": pool_source}
+    state |= {"optimizer": optimizer, "judges_optimizer": judges_optimizer, "scaler": run.scaler}
+    first = run.resume(state) or 0
 
     # training
     run.describe()
-    first = run.resume(state) or 0
     to_target, to_source = map(run.parallel, (to_target, to_source))
     judge_target, judge_source = map(run.parallel, judges)
-    crops = loader(run, crops, first * sum(options.batch), size)
+    crops = loader(run, crops, first * batch_size, size)
     for step, parts in run.steps(crops, first, total, state):
         for group in itertools.chain(optimizer.param_groups, judges_optimizer.param_groups):
             group["lr"] = options.lr * min(1, 2 * (1 - step / total))
-        places = torch.randint(2 * POOL, (2, sum(options.batch)))  # in the pools; every process draws the same
+        places = torch.randint(2 * POOL, (2, batch_size))  # in the pools; the same in all processes
         for k, batch in enumerate(parts):
-            source, labels, target = batch["source"]["image"], batch["source"]["label"], batch["target"]["image"]
+            source, labels = batch["source"]["image"], batch["source"]["label"]
+            target = batch["target"]["image"]
 
             judges.requires_grad_(False)
             with run.autocast():
                 fake_target, same_target = to_target(torch.cat([source, target])).chunk(2)
                 fake_source, same_source = to_source(torch.cat([target, source])).chunk(2)
                 cycled_source, cycled_target = to_source(fake_target), to_target(fake_source)
-                adversarial = least_squares(is_target(fake_target), 1) + least_squares(is_source(fake_source), 1)
+                adversarial = least_squares(is_target(fake_target), 1)
+                adversarial = adversarial + least_squares(is_source(fake_source), 1)
             cycle = distance(cycled_source, source) + distance(cycled_target, target)
             identity = distance(same_source, source) + distance(same_target, target)
             edge = semantic_edge_loss(fake_target, source, labels)
-            loss = adversarial + options.cycle * cycle + options.identity * identity + options.edge * edge
+            loss = adversarial + options.cycle * cycle + options.identity * identity
+            loss = loss + options.edge * edge
             run.scaler.scale(loss / cfg.accumulate).backward()
 
             judges.requires_grad_(True)
-            number = step * sum(options.batch) + k * world() * size  # of the first image of all processes' k-th parts
+            number = step * batch_size + k * world() * size  # of the first image in all processes
             with run.autocast():
                 old_target = pool_target.exchange(fake_target.detach(), number, places[0])
                 old_source = pool_source.exchange(fake_source.detach(), number, places[1])
-                judged = least_squares(judge_target(target), 1) + least_squares(judge_target(old_target), 0)
-                judged = judged + least_squares(judge_source(source), 1) + least_squares(judge_source(old_source), 0)
+                judged = least_squares(judge_target(target), 1)
+                judged = judged + least_squares(judge_target(old_target), 0)
+                judged = judged + least_squares(judge_source(source), 1)
+                judged = judged + least_squares(judge_source(old_source), 0)
             run.scaler.scale(judged / 2 / cfg.accumulate).backward()
-            run.log(loss=loss, adversarial=adversarial, cycle=cycle, identity=identity, edge=edge, judges=judged)
-            run.log(lr=optimizer.param_groups[0]["lr"])
+            run.log(loss=loss, adversarial=adversarial, cycle=cycle, identity=identity, edge=edge)
+            run.log(judges=judged, lr=optimizer.param_groups[0]["lr"])
 
         run.scaler.step(optimizer)
         run.scaler.step(judges_optimizer)
@@ -116,36 +129,61 @@ def train(run, source):
         optimizer.zero_grad()
         judges_optimizer.zero_grad()
         if run.shows:
-            run.show(source_image=source, translated=fake_target, back_again=cycled_source, target_image=target)
+            pictures = {"source_image": source, "translated": fake_target}
+            pictures |= {"back_again": cycled_source, "target_image": target}
+            run.show(classes(cfg), **pictures)
     run.finish(total, {"generator": state["generator"]})
 
 
+@torch.no_grad()
+def write(run, generator, source, weights):
+    """Write translated/NAME for every source image, of the same size.
+
+    Images that were written after the weights are left alone.
+    """
+    folder, made = run.folder / "translated", Path(weights).stat().st_mtime
+    paths = [folder / name for name in source.names]
+    todo = [i for i, path in enumerate(paths) if not path.exists() or path.stat().st_mtime < made]
+    todo = decided_by_first(lambda: todo)  # before another process writes one of them
+    images = loader(run, Subset(Whole(source), todo))
+    with image_writer() as write_image:
+        for sample in progress(images, desc="translated", unit="img"):
+            image, (height, width) = run.fetch(sample["image"])[None], sample["shape"]
+            image = F.pad(image, (0, -width % 4, 0, -height % 4), mode="reflect")
+            with run.autocast():
+                image = generator(image)
+            image = image[0, :, :height, :width].mul(255).round().byte().permute(1, 2, 0)
+            write_image(paths[sample["index"]], image.cpu().numpy())
+    print(f"translator: {len(paths)} translated images are in {folder}")
+
+
+# ---------------------------------------------------------------- losses and the image pool
+
+
 def least_squares(scores, wanted):
-    """The GAN loss of LSGAN: mean (D - wanted)^2 over the patches' scores (B, 1, h, w)."""
+    """Return LSGAN's loss, the mean of (D - wanted)^2 over the patches' scores (B, 1, h, w)."""
     return (scores.float() - wanted).square().mean()
 
 
 def distance(a, b):
-    """L1 between images in [0, 1], on the scale of [-1, 1] that CycleGAN's weights are meant for."""
+    """Return the L1 distance of images in [0, 1], on the scale [-1, 1] of CycleGAN's weights."""
     return 2 * F.l1_loss(a, b)
 
 
 class Pool(nn.Module):
-    """The last translations that the discriminators have not been done with (Shrivastava et al., CVPR 2017).
-
-    Every process has the same: the translations of all.
-    """
+    """The last POOL translations, of all processes (Shrivastava et al., CVPR 2017)."""
 
     def __init__(self, size):
         super().__init__()
         self.register_buffer("images", torch.zeros(POOL, 3, *size))
 
     def exchange(self, images, number, places):
-        """Each image (B, 3, H, W) itself or, once the pool is full and half of the time, one from the pool in its place.
+        """Return images (B, 3, H, W), half of which come from the pool once it is full.
 
-        number: of the first image of all processes, counted from the first step on; places: the step's draws, one an image.
+        number: that of the first image in all processes, counted from the first step on.
+        places: (batch,) integers drawn for this step, one for each image of all processes.
         """
-        answer, images, size = [], gathered(images), len(images)
+        answer, images, size = [], all_gather_rows(images), len(images)
         for n, image in enumerate(images, number):
             place = n if n < POOL else int(places[n % len(places)])
             if n >= POOL and place < POOL:
@@ -157,22 +195,157 @@ class Pool(nn.Module):
         return torch.stack(answer[rank() * size : (rank() + 1) * size])
 
 
-@torch.no_grad()
-def write(run, generator, source, weights):
-    """translated/NAME for every source image, of the same size; those written since the weights were are left alone."""
-    folder, made = run.folder / "translated", Path(weights).stat().st_mtime
-    paths = [folder / name for name in source.names]
-    todo = [i for i, path in enumerate(paths) if not path.exists() or path.stat().st_mtime < made]
-    todo = from_first(lambda: todo)  # before any other writes one of them
-    with image_writer() as write_image:
-        for sample in progress(loader(run, Subset(Whole(source), todo)), desc="translated", unit="img"):
-            image, (height, width) = run.fetch(sample["image"])[None], sample["shape"]
-            image = F.pad(image, (0, -width % 4, 0, -height % 4), mode="reflect")
-            with run.autocast():
-                image = generator(image)
-            image = image[0, :, :height, :width].mul(255).round().byte().permute(1, 2, 0)
-            write_image(paths[sample["index"]], image.cpu().numpy())
-    print(f"translator: {len(paths)} translated images are in {folder}")
+# ---------------------------------------------------------------- networks
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with instance norm and reflection padding, added to their input."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv_block = nn.Sequential(
+            nn.ReflectionPad2d(1),
+            nn.Conv2d(channels, channels, 3),
+            nn.InstanceNorm2d(channels),
+            nn.ReLU(),
+            nn.ReflectionPad2d(1),
+            nn.Conv2d(channels, channels, 3),
+            nn.InstanceNorm2d(channels),
+        )
+
+    def forward(self, x):
+        return x + self.conv_block(x)
+
+
+class Generator(nn.Module):
+    """CycleGAN's ResNet generator: (B, 3, H, W) -> (B, 3, H, W), RGB in [0, 1].
+
+    H and W are multiples of 4. Parameters have the names of junyanz/pytorch-CycleGAN-and-pix2pix.
+    """
+
+    def __init__(self, filters=64, blocks=9):
+        super().__init__()
+        layers = [nn.ReflectionPad2d(3), nn.Conv2d(3, filters, 7)]
+        layers += [nn.InstanceNorm2d(filters), nn.ReLU()]
+        for width in (filters, 2 * filters):
+            layers.append(nn.Conv2d(width, 2 * width, 3, 2, 1))
+            layers += [nn.InstanceNorm2d(2 * width), nn.ReLU()]
+        layers += [ResidualBlock(4 * filters) for _ in range(blocks)]
+        for width in (4 * filters, 2 * filters):
+            layers.append(nn.ConvTranspose2d(width, width // 2, 3, 2, 1, 1))
+            layers += [nn.InstanceNorm2d(width // 2), nn.ReLU()]
+        layers += [nn.ReflectionPad2d(3), nn.Conv2d(filters, 3, 7), nn.Tanh()]
+        self.model = nn.Sequential(*layers)
+
+    def forward(self, images):
+        return (self.model(2 * images - 1).float() + 1) / 2
+
+    @classmethod
+    def from_file(cls, path):
+        """Return the generator in a translator.pth or latest_net_G_A.pth, whatever its size.
+
+        Raises UserError for other files.
+        """
+        state = load_tensors(path)
+        state = state.get("generator", state)
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+        blocks = len({key.split(".")[1] for key in state if ".conv_block." in key})
+        if "model.1.weight" not in state or not blocks:
+            fault = "no CycleGAN ResNet generator (there is no model.1.weight)"
+            raise UserError(f"{path}: {fault}; see translation.weights")
+        # old PyTorch versions saved statistics of instance norm, which nothing reads
+        unused = ("running_", "num_batches")
+        state = {k: v for k, v in state.items() if not any(part in k for part in unused)}
+        generator = cls(state["model.1.weight"].shape[0], blocks)
+        load_exactly(generator, state, path)
+        return generator
+
+
+class Discriminator(nn.Sequential):
+    """70x70 PatchGAN: RGB (B, 3, H, W) in [0, 1] -> scores (B, 1, H / 8 - 2, W / 8 - 2)."""
+
+    def __init__(self, filters=64):
+        layers = [nn.Conv2d(3, filters, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for width, stride in ((filters, 2), (2 * filters, 2), (4 * filters, 1)):
+            layers.append(nn.Conv2d(width, 2 * width, 4, stride, 1))
+            layers += [nn.InstanceNorm2d(2 * width), nn.LeakyReLU(0.2)]
+        super().__init__(*layers, nn.Conv2d(8 * filters, 1, 4, 1, 1))
+
+    def forward(self, images):
+        return super().forward(2 * images - 1)
+
+
+def init_gan(module):
+    """Initialise a convolution with N(0, 0.02) and zero bias."""
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+# the names of the convolutions in the authors' files, in order
+BLOCKS = [f"model.{block}.model.{conv}.conv" for block in range(4) for conv in range(2)]
+HEAD = ["model.0.conv", "model.1.conv", "model.2.conv"]
+TAIL = ["model.2.conv", "model.4.conv", "model.5.conv"]
+ENCODER = [*HEAD, *(f"model.3.{name}" for name in BLOCKS)]
+DECODER = [*(f"model.0.{name}" for name in BLOCKS), *TAIL]
+
+
+class AuthorsGenerator(nn.Module):
+    """The DiGA authors' translator: (B, 3, H, W) -> (B, 3, H, W), RGB in [0, 1].
+
+    H and W are multiples of 4. After MUNIT: an encoder (a 7x7 convolution, two of 4x4 and stride 2,
+    4 residual blocks) and a decoder (4 residual blocks, twice upsampling and a 5x5 convolution,
+    7x7). Their files hold convolutions alone; the norms between them are taken as instance norms.
+    """
+
+    def __init__(self, filters=64):
+        super().__init__()
+        mean = torch.tensor(AUTHORS_BGR_MEAN[::-1])[:, None, None] / 255
+        self.register_buffer("mean", mean, persistent=False)
+
+        def layer(inputs, outputs, kernel, stride=1):
+            pad = nn.ReflectionPad2d((kernel - 1) // 2)
+            conv = nn.Conv2d(inputs, outputs, kernel, stride)
+            return [pad, conv, nn.InstanceNorm2d(outputs), nn.ReLU()]
+
+        wide = 4 * filters
+        encoder, decoder = layer(3, filters, 7), [ResidualBlock(wide) for _ in range(4)]
+        for width in (filters, 2 * filters):
+            encoder += layer(width, 2 * width, 4, 2)
+        for width in (wide, wide // 2):
+            decoder += [nn.Upsample(scale_factor=2), *layer(width, width // 2, 5)]
+        self.encoder = nn.Sequential(*encoder, *(ResidualBlock(wide) for _ in range(4)))
+        last = nn.Conv2d(filters, 3, 7)
+        self.decoder = nn.Sequential(*decoder, nn.ReflectionPad2d(3), last, nn.Tanh())
+
+    def forward(self, images):
+        bgr = (images - self.mean).flip(1) * (255 / 128)
+        rgb = self.decoder(self.encoder(bgr)).float().flip(1)
+        return (rgb * (128 / 255) + self.mean).clamp(0, 1)
+
+    @classmethod
+    def from_folder(cls, folder):
+        """Return the generator in a folder's enc_s.pth and dec_s2t.pth. Raises UserError."""
+        files = {"encoder": ("enc_s.pth", ENCODER), "decoder": ("dec_s2t.pth", DECODER)}
+        states = {part: load_tensors(Path(folder) / file) for part, (file, _) in files.items()}
+        first = states["encoder"].get("model.0.conv.weight")
+        generator = cls(64 if first is None else first.shape[0])
+        for part, (file, names) in files.items():
+            module = getattr(generator, part)
+            named = module.named_modules()
+            convs = [name for name, layer in named if isinstance(layer, nn.Conv2d)]
+            ours, state = dict(zip(names, convs, strict=True)), {}
+            for key, value in states[part].items():
+                theirs, _, kind = key.rpartition(".")
+                state[f"{ours.get(theirs, '?')}.{kind}"] = value
+            load_exactly(module, state, Path(folder) / file)
+        return generator
+
+
+def load_generator(path):
+    """Return the generator that translation.weights names: a file, or the authors' folder."""
+    is_folder = Path(path).is_dir()
+    return AuthorsGenerator.from_folder(path) if is_folder else Generator.from_file(path)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,33 @@
 """Stage 1: distillation warm-up with cross-domain mixing. Leaves runs/NAME/warmup.pth.
 
 python warmup.py --cfg config.yaml
-python warmup.py --as source_only warmup.distill=0 warmup.crdomix=false bn_recalibrate=[source]   # the baseline
+python warmup.py --as source_only warmup.distill=0 warmup.crdomix=false bn_recalibrate=[source]
 """
 
 import torch
 
 from augment import cross_domain_mix
-from config import classes, load_config
 from datasets import Crops, Images, RecalibrationImages, loader, translated_images
-from engine import Run, arguments, command
+from engine.command import arguments, command
+from engine.loop import part_size
+from engine.run import Run
 from losses import ohem_loss, supervised_loss, symmetric_distillation
 from metrics import validate
-from models import build_optimizer, build_segmenter, ema_update, make_teacher, recalibrate_batchnorm, set_learning_rate
+from models import (
+    build_optimizer,
+    build_segmenter,
+    ema_update,
+    make_teacher,
+    recalibrate_batchnorm,
+    set_learning_rate,
+)
+from settings import classes, load_config
 
 
 def main():
     parser = arguments(__doc__)
-    parser.add_argument("--as", dest="stage", default="warmup", metavar="NAME", help="name of the result (%(default)s)")
+    name = {"dest": "stage", "default": "warmup", "metavar": "NAME"}
+    parser.add_argument("--as", **name, help="name of the result (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="replace an earlier result")
     args = parser.parse_intermixed_args()
     cfg = load_config(args.cfg, args.overrides)
@@ -32,8 +42,9 @@ def train(run):
     # data
     source = Images(cfg, options.labels_from, labelled=True)
     beside = {"translated": translated_images(cfg, source)} if options.crdomix else {}
-    size = run.part_size()
-    source_crops = Crops(cfg, run.stage, options.labels_from, source, options.batch, total, **beside)
+    size = part_size(cfg, "warmup")
+    domain = options.labels_from
+    source_crops = Crops(cfg, run.stage, domain, source, options.batch, total, **beside)
     recalibration = RecalibrationImages(run, options.batch)
     val = Images(cfg, "val", labelled=True) if cfg.val_every else None
 
@@ -43,11 +54,11 @@ def train(run):
     optimizer = build_optimizer(student, **cfg.optimizer)
     state = {"student": student, "teacher": teacher, "optimizer": optimizer, "scaler": run.scaler}
     first = run.resume(state) or 0
-    network, teacher_network = run.parallel(student), run.compiled(teacher)
 
     # training
     if run.stage == "warmup":
         run.describe()
+    network, teacher_network = run.parallel(student), run.compiled(teacher)
     supervised = {"ce": supervised_loss, "ohem": ohem_loss}[cfg.supervised]
     crops = loader(run, source_crops, first * source_crops.batch_size, size)
     for step, parts in run.steps(crops, first, total, state):
@@ -55,31 +66,37 @@ def train(run):
         ema_update(teacher, student, step, cfg.ema_limit)
         for batch in parts:
             x_s, y_s, draws = batch["image"], batch["label"], batch["draws"]
-
             views = x_s
             if options.distill:
-                views = torch.cat([x_s, cross_domain_mix(x_s, y_s, batch.get("translated"), draws, options.strong)])
-            if options.distill:  # before the student's, whose activations are kept for the backward pass
+                translated = batch.get("translated")
+                x_cdm = cross_domain_mix(x_s, y_s, translated, draws, options.strong)
+                views = torch.cat([x_s, x_cdm])
+                # the teacher comes first, while the student's activations do not take memory yet
                 with torch.no_grad(), run.autocast():
                     teacher_logits, _, _ = teacher_network(views)
+
             with run.autocast():
                 logits, _, auxiliary = network(views)
             loss = ce = supervised(logits[:size], y_s)
             if cfg.model.auxiliary:
                 loss = ce = ce + cfg.model.auxiliary * supervised(auxiliary[:size], y_s)
             if options.distill:
-                kd = symmetric_distillation(logits, teacher_logits, options.strong_to_weak, y_s.shape[-2:])
+                kappa, label_size = options.strong_to_weak, y_s.shape[-2:]
+                kd = symmetric_distillation(logits, teacher_logits, kappa, label_size)
                 loss = ce + options.distill * kd
                 run.log(kd=kd)
-            run.log(loss=loss, ce=ce, lr=optimizer.param_groups[0]["lr"])
 
             run.scaler.scale(loss / cfg.accumulate).backward()
+            run.log(loss=loss, ce=ce, lr=optimizer.param_groups[0]["lr"])
+
         run.scaler.step(optimizer)
         run.scaler.update()
         optimizer.zero_grad()
         if run.shows:
-            run.show(source_image=x_s, source_labels=y_s, translated=batch.get("translated"),
-                     strong_view=views[size:] if options.distill else None, prediction=logits.argmax(1))  # fmt: skip
+            strong = views[size:] if options.distill else None
+            pictures = {"source_image": x_s, "translated": batch.get("translated")}
+            pictures |= {"source_labels": y_s, "strong_view": strong}
+            run.show(classes(cfg), **pictures, prediction=logits.argmax(1))
         if cfg.val_every and (step + 1) % cfg.val_every == 0:
             validate(run, step + 1, val, recalibration, student, teacher)
 

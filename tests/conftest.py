@@ -12,6 +12,9 @@ import pytest
 import torch
 import yaml
 
+from engine.command import command
+from settings import load_config
+
 ROOT = Path(__file__).parent.parent
 SIZE = (48, 64)
 CLASSES = {"road": [128, 64, 128], "car": [0, 0, 142], "sky": [70, 130, 180]}
@@ -19,23 +22,29 @@ IDS = {"road": 7, "car": 26, "sky": 23}
 
 
 def paletted_png(indices, palette, depth=8):
-    """The bytes of a paletted PNG, written here since OpenCV cannot: indices (H, W), palette (N, 3) RGB."""
+    """Return the bytes of a paletted PNG, which OpenCV cannot write.
+
+    indices: (H, W), below 2 ** depth. palette: (N, 3) RGB.
+    """
 
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        check = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
 
     height, width = indices.shape
-    bits = np.unpackbits(indices[..., None].astype(np.uint8), axis=2)[..., 8 - depth :].reshape(height, -1)
-    rows = b"".join(b"\0" + row.tobytes() for row in np.packbits(bits, axis=1))
+    bits = np.unpackbits(indices[..., None].astype(np.uint8), axis=2)[..., 8 - depth :]
+    packed = np.packbits(bits.reshape(height, -1), axis=1)
+    rows = b"".join(b"\0" + row.tobytes() for row in packed)
     header = struct.pack(">IIBBBBB", width, height, depth, 3, 0, 0, 0)
-    body = (
-        chunk(b"PLTE", palette.astype(np.uint8).tobytes()) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    )
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body
+    body = chunk(b"PLTE", palette.astype(np.uint8).tobytes()) + chunk(b"IDAT", zlib.compress(rows))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body + chunk(b"IEND", b"")
 
 
 def picture(seed, size=SIZE):
-    """An RGB image and its label map in Cityscapes' ids: a road, a sky, some cars, an unlabelled corner."""
+    """Return an RGB image and its label map in Cityscapes' ids.
+
+    There are a road, a sky, some cars and an unlabelled corner.
+    """
     rng = np.random.default_rng(seed)
     label = np.full(size, IDS["sky"], np.uint8)
     label[size[0] // 2 :] = IDS["road"]
@@ -57,7 +66,10 @@ def save(path, array):
 
 @pytest.fixture
 def dataset(tmp_path):
-    """A game and a camera of 6 pictures each (4 to train on, 2 to validate), and the configuration that names them."""
+    """Two datasets, game and camera, and a configuration for them, test.yaml: return their folder.
+
+    Each has 6 images; the camera has 4 for training and 2 for validation.
+    """
     for i in range(6):
         image, label = picture(i)
         save(tmp_path / f"game/images/{i:05d}.png", image)
@@ -93,18 +105,22 @@ def dataset(tmp_path):
 
 @pytest.fixture
 def run(dataset, monkeypatch, capsys):
-    """run("warmup", "key=value", ...) runs a script's command in this process: (exit code, stdout, stderr)."""
+    """run("warmup", "key=value", ...) runs a script's main() as its command line would.
+
+    A script is named as a module: "warmup", "tools.report". It runs in this process. Returns the
+    exit code, stdout and stderr.
+    """
     threads = torch.get_num_threads()
 
     def call(script, *arguments):
-        import engine
-
-        cfg = [] if script == "report" or "--cfg" in arguments else ["--cfg", str(dataset / "test.yaml")]
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *cfg, *map(str, arguments)])
+        has_cfg = script == "tools.report" or "--cfg" in arguments or "--init" in arguments
+        cfg = [] if has_cfg else ["--cfg", str(dataset / "test.yaml")]
+        name = script.rpartition(".")[2]
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *cfg, *map(str, arguments)])
         capsys.readouterr()
         code = 0
         try:
-            engine.command(importlib.import_module(script).main)
+            command(importlib.import_module(script).main)
         except SystemExit as stop:
             code = stop.code
         return code, *capsys.readouterr()
@@ -115,6 +131,4 @@ def run(dataset, monkeypatch, capsys):
 
 @pytest.fixture
 def config(dataset):
-    from config import load_config
-
     return lambda *overrides: load_config(dataset / "test.yaml", overrides)

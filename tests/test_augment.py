@@ -17,7 +17,8 @@ def draws_of(n=6):
 
 def torchvision_view(image, draws, beta):
     """One image through torchvision's operations, in the order of the docstring."""
-    view, (jitter, brightness, contrast, saturation, hue, grayscale, blur, sharpness) = image, draws.tolist()
+    jitter, brightness, contrast, saturation, hue, grayscale, blur, sharpness = draws.tolist()
+    view = image
     if jitter < 0.5:
         view = tv.adjust_brightness(view, 1 + 0.4 * (2 * brightness - 1))
         view = tv.adjust_contrast(view, 1 + 0.4 * (2 * contrast - 1))
@@ -36,7 +37,8 @@ def test_strong_view_is_torchvisions_image_by_image():
     n = 64
     x, draws = images(n), draws_of(n)[:, :8]
     ours = augment.strong_view(x, draws, beta=0.4)
-    theirs = torch.stack([torchvision_view(image, d, 0.4) for image, d in zip(x, draws, strict=True)])
+    pairs = zip(x, draws, strict=True)
+    theirs = torch.stack([torchvision_view(image, d, 0.4) for image, d in pairs])
     # torchvision leaves the outermost pixels as they are when it sharpens
     torch.testing.assert_close(ours[..., 1:-1, 1:-1], theirs[..., 1:-1, 1:-1], rtol=0, atol=2e-6)
 

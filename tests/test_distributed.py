@@ -19,29 +19,38 @@ from conftest import ROOT
 from test_pipeline import log, same, state
 from torch import nn
 
-import engine
 import models
-import processes
-from batchnorm import synchronise_batchnorm
-from config import load_config
 from datasets import Images, Whole
+from engine import processes
+from engine.batchnorm import synchronise_batchnorm
+from engine.command import command
+from engine.run import Run
 from metrics import ConfusionMatrix, predictions
+from settings import load_config
 
 # forked from a process that has imported everything once, the processes of a test start at once
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["translate_cyclegan", "warmup", "selftrain", "evaluate", "torch.utils.tensorboard"])
+FORKS.set_forkserver_preload(
+    ["translate_cyclegan", "warmup", "selftrain", "evaluate", "torch.utils.tensorboard"]
+)
 
 
 def process(number, count, port, out, work, *arguments):
     """One process of `count`, as torchrun would have set it up; its output goes to files."""
     if count > 1:
         os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        os.environ |= {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }
     for stream in (1, 2):
         os.dup2(os.open(f"{out}.{number}.{stream}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # of the loaders, as in a command's own process
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # of the loaders, as in a command's own process
     work(*arguments)
 
 
@@ -59,7 +68,9 @@ def together(count, out, work, *arguments):
     for worker in workers:
         worker.join(120)
         worker.kill()
-    out, err = ("".join(Path(f"{out}.{n}.{stream}").read_text() for n in range(count)) for stream in (1, 2))
+    out, err = (
+        "".join(Path(f"{out}.{n}.{stream}").read_text() for n in range(count)) for stream in (1, 2)
+    )
     return [worker.exitcode for worker in workers], out, err
 
 
@@ -68,21 +79,26 @@ def stage(script, arguments, signal_at=None, plain=False):
     step, counted from 1; plain: no batch norm, no dropout."""
     if plain:
         get_model = torchvision.models.get_model
-        torchvision.models.get_model = functools.partial(get_model, norm_layer=functools.partial(nn.GroupNorm, 4))
+        torchvision.models.get_model = functools.partial(
+            get_model, norm_layer=functools.partial(nn.GroupNorm, 4)
+        )
         models.Head = functools.partial(models.Head, dropout=0)
-    losses, original = [], engine.Run.log
+    losses, original = [], Run.log
 
     def counted(self, **figures):
         losses.extend([1] * ("loss" in figures))
-        here = processes.rank() == processes.world() - 1 and len(losses) == signal_at[0] * self.cfg.accumulate
+        here = (
+            processes.rank() == processes.world() - 1
+            and len(losses) == signal_at[0] * self.cfg.accumulate
+        )
         if here and "loss" in figures:
             os.kill(os.getpid(), signal_at[1])
         original(self, **figures)
 
     if signal_at:
-        engine.Run.log = counted
+        Run.log = counted
     sys.argv = [f"{script}.py", *arguments]
-    engine.command(importlib.import_module(script).main)
+    command(importlib.import_module(script).main)
 
 
 @pytest.fixture
@@ -91,7 +107,9 @@ def stages(dataset):
 
     def call(count, script, *overrides, **options):
         arguments = ["--cfg", str(dataset / "test.yaml"), *map(str, overrides)]
-        return together(count, dataset / "out", functools.partial(stage, **options), script, arguments)
+        return together(
+            count, dataset / "out", functools.partial(stage, **options), script, arguments
+        )
 
     return call
 
@@ -103,15 +121,29 @@ def ok(outcome):
 
 
 def files(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def tensors(tree, prefix=""):
     """Every tensor of nested dicts and lists, by its path."""
     if isinstance(tree, torch.Tensor):
         return {prefix: tree}
-    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    return {path: tensor for key, part in pairs for path, tensor in tensors(part, f"{prefix}/{key}").items()}
+    pairs = (
+        tree.items()
+        if isinstance(tree, dict)
+        else enumerate(tree)
+        if isinstance(tree, list)
+        else ()
+    )
+    return {
+        path: tensor
+        for key, part in pairs
+        for path, tensor in tensors(part, f"{prefix}/{key}").items()
+    }
 
 
 def assert_close(ours, theirs):
@@ -130,8 +162,16 @@ def assert_close(ours, theirs):
 def test_the_gradients_of_any_number_of_processes(stages, dataset):
     """N processes, K parts each, against one process and the whole batch: after one step, momentum is the gradient."""
     runs = dataset / "runs"
-    options = ("warmup.batch=[2,4]", "selftrain.batch=[4,2]", "selftrain.momentum=0.1", "bn_recalibrate=[]",
-               "selftrain.rounds=1", "selftrain.diagnose=false", "log_every=1", "model.network=resnet18")  # fmt: skip
+    options = (
+        "warmup.batch=[2,4]",
+        "selftrain.batch=[4,2]",
+        "selftrain.momentum=0.1",
+        "bn_recalibrate=[]",
+        "selftrain.rounds=1",
+        "selftrain.diagnose=false",
+        "log_every=1",
+        "model.network=resnet18",
+    )
     ok(stages(1, "translate_cyclegan", "name=base", *options))
     options += (f"translation.images={runs}/base/translated",)
     ok(stages(1, "warmup", "name=base", *options, plain=True))
@@ -142,14 +182,24 @@ def test_the_gradients_of_any_number_of_processes(stages, dataset):
             arguments = (*options, f"name={name}", f"accumulate={parts}")
             if script == "selftrain":
                 arguments += ("--init", runs / "base/warmup.pth")
-            codes, _, err = stages(count, script, *arguments, signal_at=(1, signal.SIGTERM), plain=True)
+            codes, _, err = stages(
+                count, script, *arguments, signal_at=(1, signal.SIGTERM), plain=True
+            )
             assert set(codes) == {143}, err
-            assert err == f"{script}.py: stopped by SIGTERM; the same command goes on from the last checkpoint\n"
+            assert (
+                err
+                == f"{script}.py: stopped by SIGTERM; the same command goes on from the last checkpoint\n"
+            )
             saved = state(runs / name / f"{script}.unfinished.pth")
             assert saved["step"] == 1
             figures = log(runs / name)[-1]
             whole.setdefault(script, (saved, figures))
-            for part in ("student", "teacher", "optimizer", *["centroids"] * (script == "selftrain")):
+            for part in (
+                "student",
+                "teacher",
+                "optimizer",
+                *["centroids"] * (script == "selftrain"),
+            ):
                 assert_close(saved[part], whole[script][0][part])
             assert {key: figures[key] for key in ("ce", "kd", "loss")} == pytest.approx(
                 {key: whole[script][1][key] for key in ("ce", "kd", "loss")}, rel=1e-5
@@ -195,7 +245,9 @@ def test_two_processes_are_two_parts_on_one_bit_for_bit(both):
         for found in left
     ]
     assert pictures[0] == pictures[1]
-    assert len(pictures[0]) == 6 + 2 * 4 + 1 + 4 * 2 * 2 + 1  # translations, pseudo-labels, results, pictures
+    assert (
+        len(pictures[0]) == 6 + 2 * 4 + 1 + 4 * 2 * 2 + 1
+    )  # translations, pseudo-labels, results, pictures
     assert not [name for name in left[1] if "unfinished" in name or "partial" in name]
 
 
@@ -203,13 +255,15 @@ def counts(path, weights, folder):
     """Leaves a dataset's confusion matrix, and the batch-norm statistics of 3 batches, in a process's file."""
     processes.join()
     cfg = load_config(path)
-    run = engine.Run(cfg, "evaluate", "evaluation")
+    run = Run(cfg, "evaluate", "evaluation")
     model, matrix = models.load_segmenter(weights, cfg)[0], ConfusionMatrix(3)
     seen = []
-    for sample, prediction, _ in predictions(run, copy.deepcopy(model), Whole(Images(cfg, "source", True)), [1.0]):
+    for sample, prediction, _ in predictions(
+        run, copy.deepcopy(model), Whole(Images(cfg, "source", True)), [1.0]
+    ):
         matrix.update(sample["label"], prediction)
         seen.append(sample["index"])
-    order = [int(index) for (index,) in processes.in_order((torch.tensor(i),) for i in seen)]
+    order = [int(index) for (index,) in processes.in_batch_order((torch.tensor(i),) for i in seen)]
     images = torch.rand(3, 2, 3, 32, 40, generator=torch.Generator().manual_seed(0))
 
     class Batches:
@@ -220,8 +274,15 @@ def counts(path, weights, folder):
             return iter(images[processes.rank() :: processes.world()])
 
     models.recalibrate_batchnorm(model, Batches())
-    torch.save({"counts": processes.total(matrix.counts), "seen": seen, "order": order, "statistics": dict(model.named_buffers())},
-               f"{folder}/{processes.world()}_{processes.rank()}.pth")  # fmt: skip
+    torch.save(
+        {
+            "counts": processes.sum_over_processes(matrix.counts),
+            "seen": seen,
+            "order": order,
+            "statistics": dict(model.named_buffers()),
+        },
+        f"{folder}/{processes.world()}_{processes.rank()}.pth",
+    )
 
 
 def test_evaluation_and_statistics_where_the_images_cannot_be_divided(stages, dataset):
@@ -245,8 +306,14 @@ def normalised(folder, compiled):
     """Leaves outputs, gradients and statistics of two batch norms in a process's file."""
     processes.join()
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 40, 1, bias=False),
-                            nn.BatchNorm2d(40), nn.Conv2d(40, 4, 1))  # fmt: skip
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 40, 1, bias=False),
+        nn.BatchNorm2d(40),
+        nn.Conv2d(40, 4, 1),
+    )
     network[1].requires_grad_(False)
     nn.init.normal_(network[1].weight), nn.init.normal_(network[4].weight)
     images, above = 3 * torch.randn(4, 3, 17, 19) + 5, torch.randn(4, 4, 15, 17)
@@ -263,8 +330,15 @@ def normalised(folder, compiled):
     if mean:
         mean.finish()
     gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
-    torch.save({"out": out.detach(), "x": x.grad / processes.world(), "gradients": gradients, "buffers": dict(network.named_buffers())},
-               f"{folder}/norm_{processes.world()}_{processes.rank()}.pth")  # fmt: skip
+    torch.save(
+        {
+            "out": out.detach(),
+            "x": x.grad / processes.world(),
+            "gradients": gradients,
+            "buffers": dict(network.named_buffers()),
+        },
+        f"{folder}/norm_{processes.world()}_{processes.rank()}.pth",
+    )
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -287,7 +361,9 @@ def mean_gradients(folder):
     processes.join()
     for bucket in (1, 10**6):
         torch.manual_seed(0)
-        network = nn.ModuleList([nn.Linear(5, 4), nn.Linear(4, 3), nn.Linear(7, 7), nn.Conv2d(3, 2, 3)])
+        network = nn.ModuleList(
+            [nn.Linear(5, 4), nn.Linear(4, 3), nn.Linear(7, 7), nn.Conv2d(3, 2, 3)]
+        )
         network.to(memory_format=torch.channels_last)
         mean = processes.GradientMean(network, bucket)
         torch.manual_seed(1 + processes.rank())
@@ -298,21 +374,32 @@ def mean_gradients(folder):
             sum(output.square().sum() for output in outputs).backward()
             if not last:
                 kept = [p.grad.clone() for p in network.parameters() if p.grad is not None]
-        alone = [p.grad.clone() for p in network.parameters() if p.grad is not None] if bucket > 1 else None
+        alone = (
+            [p.grad.clone() for p in network.parameters() if p.grad is not None]
+            if bucket > 1
+            else None
+        )
         mean.finish()
         found = [p.grad for p in network.parameters() if p.grad is not None]
-        torch.save({"kept": kept, "alone": alone, "found": found}, f"{folder}/mean_{bucket}_{processes.rank()}.pth")
+        torch.save(
+            {"kept": kept, "alone": alone, "found": found},
+            f"{folder}/mean_{bucket}_{processes.rank()}.pth",
+        )
 
 
 def test_gradients_are_averaged_in_buckets_of_any_size(dataset):
     ok(together(2, dataset / "out", mean_gradients, dataset))
-    single, whole = ([state(dataset / f"mean_{bucket}_{rank}.pth") for rank in (0, 1)] for bucket in (1, 10**6))
+    single, whole = (
+        [state(dataset / f"mean_{bucket}_{rank}.pth") for rank in (0, 1)] for bucket in (1, 10**6)
+    )
     assert len(whole[0]["found"]) == 6
     for k in range(6):
         expected = (whole[0]["alone"][k] + whole[1]["alone"][k]) / 2
         for part in (*single, *whole):
             torch.testing.assert_close(part["found"][k], expected)
-        assert not torch.equal(single[0]["kept"][k], single[1]["kept"][k])  # a part that is not the last stays apart
+        assert not torch.equal(
+            single[0]["kept"][k], single[1]["kept"][k]
+        )  # a part that is not the last stays apart
 
 
 # ---------------------------------------------------------------- one voice
@@ -322,7 +409,9 @@ def test_an_error_is_told_once(stages, dataset):
     codes, _, err = stages(2, "warmup", "warmup.crdomix=false", "warmup.batch=[1,2]")
     assert codes == [2, 2]
     assert len(err.splitlines()) == 1
-    assert "warmup.batch = [1, 2]: the 3 images of a step cannot be divided into 2 equal parts" in err
+    assert (
+        "warmup.batch = [1, 2]: the 3 images of a step cannot be divided into 2 equal parts" in err
+    )
     assert not (dataset / "runs").exists()
 
 
@@ -369,10 +458,22 @@ def test_torchrun_restarts_a_killed_process_and_the_others(stages, dataset):
     options = ("warmup.crdomix=false", "warmup.steps=16", "save_every=4", "workers=1")
     runs = dataset / "runs"
     ok(stages(1, "warmup", *options, "name=undisturbed", "accumulate=2"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1",
-               str(ROOT / "warmup.py"), "--cfg", str(dataset / "test.yaml"), *options]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "--max_restarts=1",
+        str(ROOT / "warmup.py"),
+        "--cfg",
+        str(dataset / "test.yaml"),
+        *options,
+    ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    agent = subprocess.Popen(command, cwd=dataset, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+    agent = subprocess.Popen(
+        command, cwd=dataset, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes
+    )
     while not (runs / "test/warmup.unfinished.pth").exists() and agent.poll() is None:
         time.sleep(0.02)
     first = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()[0]

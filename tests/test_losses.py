@@ -1,5 +1,6 @@
 """The equations against slow, obvious versions of themselves."""
 
+import itertools
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import losses
+from engine import kernels
 
 
 @pytest.fixture
@@ -18,15 +20,49 @@ def test_supervised_loss_counts_ignored_pixels_in_the_divisor(rng):
     logits = torch.randn(2, 3, 4, 5, generator=rng)
     labels = torch.randint(0, 3, (2, 4, 5), generator=rng)
     labels[:, 0] = 255
-    total = sum(
-        -logits[b, :, i, j].log_softmax(0)[labels[b, i, j]] for b in range(2) for i in range(1, 4) for j in range(5)
-    )
-    assert losses.supervised_loss(logits, labels).item() == pytest.approx(total.item() / 40, rel=1e-5)
+    total = 0
+    for b, i, j in itertools.product(range(2), range(1, 4), range(5)):
+        total -= logits[b, :, i, j].log_softmax(0)[labels[b, i, j]].item()
+    assert losses.supervised_loss(logits, labels).item() == pytest.approx(total / 40, rel=1e-5)
 
 
 def test_a_batch_without_any_label_has_loss_zero(rng):
     labels = torch.full((1, 4, 4), 255)
     assert losses.supervised_loss(torch.randn(1, 3, 4, 4, generator=rng), labels) == 0
+
+
+def plain_cross_entropy(logits, target, size, ignore_index):
+    """The sum over all pixels of -log q_y, or of H(p, q), with the full-size maps of the batch."""
+    log_q = losses.upsample(logits, size).log_softmax(1)
+    if target.is_floating_point():
+        return -(losses.upsample(target, size).softmax(1) * log_q).sum()
+    return F.nll_loss(log_q, target, ignore_index=ignore_index, reduction="sum")
+
+
+@pytest.mark.parametrize("band", [None, 1, 19 * 83 * 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("target", ["labels", "logits"])
+def test_the_fused_cross_entropy_is_the_plain_one(rng, monkeypatch, target, dtype, band):
+    """In one band, in bands of a single row, and in bands of 5 rows that do not divide 53."""
+    if band:
+        monkeypatch.setitem(kernels.BAND, "cpu", band)
+    size = (53, 83)
+    values = (3 * torch.randn(2, 19, 7, 11, generator=rng)).to(dtype)
+    labels = torch.randint(0, 19, (2, *size), generator=rng)
+    labels[:, 10:20, 30:] = 255
+    labels[1] = 255
+    teacher = (3 * torch.randn(2, 19, 7, 11, generator=rng)).to(dtype)
+    target = {"labels": labels, "logits": teacher}[target]
+    ours, plain = values.clone().requires_grad_(), values.clone().requires_grad_()
+    loss = kernels.upsampled_cross_entropy(ours, target, size, 255)
+    expected = plain_cross_entropy(plain, target, size, 255)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    (0.3 * loss).backward()
+    (0.3 * expected).backward()
+    assert ours.grad.dtype == dtype
+    rounding = 2**-8 if dtype == torch.bfloat16 else 1e-5
+    atol = rounding * plain.grad.abs().max().item()
+    torch.testing.assert_close(ours.grad, plain.grad, rtol=rounding, atol=atol)
 
 
 @pytest.mark.parametrize("kappa", [0.0, 0.25, 1.0])
@@ -36,16 +72,16 @@ def test_symmetric_distillation_is_the_equation(rng, kappa):
     weak_to_strong = (h(teacher[0], student[2]) + h(teacher[1], student[3])) / 2
     strong_to_weak = (h(teacher[2], student[0]) + h(teacher[3], student[1])) / 2
     expected = weak_to_strong + kappa * strong_to_weak
-    assert losses.symmetric_distillation(student, teacher, kappa).item() == pytest.approx(expected.item(), rel=1e-5)
+    ours = losses.symmetric_distillation(student, teacher, kappa)
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def slow_class_means(features, logits, labels, min_pixels):
     means, classes = [], []
     for f, prediction, label in zip(features, logits.argmax(1), labels, strict=True):
         for k in range(logits.shape[1]):
-            pixels = [
-                f[:, i, j] for i in range(f.shape[1]) for j in range(f.shape[2]) if prediction[i, j] == k == label[i, j]
-            ]
+            places = itertools.product(range(f.shape[1]), range(f.shape[2]))
+            pixels = [f[:, i, j] for i, j in places if prediction[i, j] == k == label[i, j]]
             if len(pixels) >= min_pixels:
                 means.append(torch.stack(pixels).mean(0))
                 classes.append(k)
@@ -53,7 +89,8 @@ def slow_class_means(features, logits, labels, min_pixels):
 
 
 def test_class_means_with_labels_of_another_size(rng):
-    features, logits = torch.randn(2, 6, 8, 9, generator=rng), torch.randn(2, 4, 8, 9, generator=rng)
+    features = torch.randn(2, 6, 8, 9, generator=rng)
+    logits = torch.randn(2, 4, 8, 9, generator=rng)
     small = torch.randint(0, 4, (2, 8, 9), generator=rng)
     small[:, :2] = 255
     labels = small.repeat_interleave(4, 1).repeat_interleave(4, 2)
@@ -64,7 +101,8 @@ def test_class_means_with_labels_of_another_size(rng):
 
 
 def test_padded_class_means_move_centroids_alike(rng):
-    features, logits = torch.randn(3, 6, 4, 4, generator=rng), torch.randn(3, 5, 4, 4, generator=rng)
+    features = torch.randn(3, 6, 4, 4, generator=rng)
+    logits = torch.randn(3, 5, 4, 4, generator=rng)
     start = torch.randn(5, 6, generator=rng)
     one, other = losses.Centroids(5, 6, momentum=0.1), losses.Centroids(5, 6, momentum=0.1)
     one.vectors.copy_(start)
@@ -145,8 +183,8 @@ def test_ohem_keeps_the_hard_pixels(min_pixels, kept):
         p = logits[b, :, row, column].softmax(0)[labels[b, row, column]].item()
         pixels.append((p, -math.log(p)))
     pixels.sort()
-    hard = [loss for p, loss in pixels if p < 0.7]
-    chosen = {"hard": hard, "most": [loss for _, loss in pixels[:500]], "all": [loss for _, loss in pixels]}[kept]
+    hard, ordered = [loss for p, loss in pixels if p < 0.7], [loss for _, loss in pixels]
+    chosen = {"hard": hard, "most": ordered[:500], "all": ordered}[kept]
     assert len(hard) < 500 < len(pixels)
     ours = losses.ohem_loss(logits, labels, min_pixels=min_pixels)
     assert ours.item() == pytest.approx(sum(chosen) / len(chosen), rel=1e-5)

@@ -3,27 +3,27 @@
 import numpy as np
 import pytest
 import torch
-from conftest import save
+from conftest import ROOT, save
 
-from config import CITYSCAPES, label_values, load_config
 from metrics import ConfusionMatrix
+from settings import CITYSCAPES, label_values, load_config
 
 
 @pytest.fixture(scope="module")
 def maps():
-    """Label maps in Cityscapes' ids with void and missing classes, and predictions that are often right."""
+    """Label maps in Cityscapes' ids, with void and missing classes, and often right predictions."""
     rng = np.random.default_rng(0)
     values = [value for _, value, *_ in CITYSCAPES.values()][:16] + [0, 4, 9]
     labels = rng.choice(values, (3, 24, 40)).astype(np.uint8)
-    predictions = np.where(rng.random(labels.shape) < 0.6, labels, rng.choice(values[:14], labels.shape)).astype(
-        np.uint8
-    )
+    right = rng.random(labels.shape) < 0.6
+    predictions = np.where(right, labels, rng.choice(values[:14], labels.shape)).astype(np.uint8)
     predictions[~np.isin(predictions, values[:16])] = 7
     return labels, predictions
 
 
 def test_scores_equal_cityscapesscripts(maps, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(np, "in1d", np.isin, raising=False)  # cityscapesscripts 2.3 uses it, numpy 2.4 removed it
+    # cityscapesscripts 2.3 uses it, numpy 2.4 removed it
+    monkeypatch.setattr(np, "in1d", np.isin, raising=False)
     from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as official
 
     truth, predicted = [], []
@@ -70,5 +70,5 @@ def test_synthias_means_over_16_and_13_classes(maps):
 
 
 def test_the_subsets_of_a_configuration_are_of_its_classes():
-    cfg = load_config("config.yaml", ['evaluation.subsets={"16": [road, sky]}'])
+    cfg = load_config(ROOT / "config.yaml", ['evaluation.subsets={"16": [road, sky]}'])
     assert cfg.evaluation.subsets == {"16": ["road", "sky"]}

@@ -8,8 +8,8 @@ import torchvision
 from torch import nn
 
 import models
-import translators
-from config import UserError
+from engine.config import UserError
+from translate_cyclegan import Discriminator, Generator
 
 
 def images(n=2, size=(65, 97)):
@@ -21,7 +21,10 @@ def segmenter(network="resnet18", stride=8, **more):
     return models.build_segmenter(network, 5, output_stride=stride, channels=32, **more)
 
 
-@pytest.mark.parametrize("network", ["resnet18", "resnet50", "mobilenet_v2", "deeplab_v2_resnet101"])
+NETWORKS = ["resnet18", "resnet50", "mobilenet_v2", "deeplab_v2_resnet101"]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("stride", [8, 16])
 def test_output_stride_and_normalisation(network, stride):
     model = segmenter(network, stride).eval()
@@ -34,20 +37,26 @@ def test_output_stride_and_normalisation(network, stride):
         normalised = torchvision.transforms.functional.normalize(
             images(1), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         )
-        torch.testing.assert_close(model(images(1))[1], model.head(model.backbone(normalised)), rtol=1e-4, atol=1e-4)
+        expected = model.head(model.backbone(normalised))
+        torch.testing.assert_close(model(images(1))[1], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("stride", [8, 16])
 def test_backbone_is_torchvisions_dilated_resnet_up_to_the_dilation_of_two_blocks(stride):
-    theirs = torchvision.models.resnet50(replace_stride_with_dilation=[False, stride == 8, True]).eval()
+    dilated = [False, stride == 8, True]
+    theirs = torchvision.models.resnet50(replace_stride_with_dilation=dilated).eval()
     ours = models.build_segmenter("resnet50", 5, stride, 32).backbone.eval()
-    models.load_exactly(ours, {k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")}, "test")
-    # torchvision leaves the first block of a dilated stage at the stage before's dilation; DeepLab-V2 does not
-    for stage, dilation in ((theirs.layer3, 2), (theirs.layer4, 4)) if stride == 8 else ((theirs.layer4, 2),):
+    weights = {k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")}
+    models.load_exactly(ours, weights, "test")
+    # torchvision gives the first block of a dilated stage the dilation of the stage before it;
+    # DeepLab-V2 does not
+    stages = {8: ((theirs.layer3, 2), (theirs.layer4, 4)), 16: ((theirs.layer4, 2),)}
+    for stage, dilation in stages[stride]:
         stage[0].conv2.dilation = stage[0].conv2.padding = (dilation, dilation)
     with torch.no_grad():
         x = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(images()))))
-        torch.testing.assert_close(ours(images()), theirs.layer4(theirs.layer3(theirs.layer2(theirs.layer1(x)))))
+        expected = theirs.layer4(theirs.layer3(theirs.layer2(theirs.layer1(x))))
+        torch.testing.assert_close(ours(images()), expected)
 
 
 def test_deeplab_freezes_the_batch_norms_scale_and_shift_but_not_their_statistics():
@@ -118,7 +127,8 @@ def test_ema_moves_parameters_and_copies_buffers():
     for (name, ours), theirs in zip(teacher.named_buffers(), student.buffers(), strict=True):
         assert torch.equal(ours, theirs), name
     models.ema_update(teacher, student, 0)
-    assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), student.parameters(), strict=True))
+    pairs = zip(teacher.parameters(), student.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_the_teacher_uses_batch_statistics_keeps_its_own_and_drops_nothing():
@@ -132,7 +142,8 @@ def test_the_teacher_uses_batch_statistics_keeps_its_own_and_drops_nothing():
         assert torch.equal(first, second)
         torch.testing.assert_close(first, plain(images())[0])
         assert not torch.allclose(first, copy.deepcopy(student).eval()(images())[0], atol=1e-3)
-        assert not torch.equal(student(images())[0], student(images())[0])  # where dropout is at work
+        # in the student, dropout is at work
+        assert not torch.equal(student(images())[0], student(images())[0])
     for name, buffer in teacher.named_buffers():
         if "num_batches" not in name:
             assert torch.equal(buffer, before[name]), name
@@ -146,8 +157,10 @@ def test_recalibration_is_the_plain_average_over_the_batches():
     hook = norm.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
     models.recalibrate_batchnorm(model, batches)
     hook.remove()
-    torch.testing.assert_close(norm.running_mean, torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0))
-    torch.testing.assert_close(norm.running_var, torch.stack([x.var((0, 2, 3)) for x in seen]).mean(0))
+    mean = torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0)
+    variance = torch.stack([x.var((0, 2, 3)) for x in seen]).mean(0)
+    torch.testing.assert_close(norm.running_mean, mean)
+    torch.testing.assert_close(norm.running_var, variance)
     assert not model.training
     assert norm.momentum == 0.1
     before = norm.running_mean.clone()
@@ -159,20 +172,23 @@ def test_recalibration_is_the_plain_average_over_the_batches():
 
 
 def test_a_published_generators_layout_loads(tmp_path):
-    """The key names and shapes of latest_net_G_A.pth, with the DataParallel prefix and old statistics it may have."""
+    """The keys and shapes of latest_net_G_A.pth, with the prefix and old statistics it may have."""
     shapes = {"model.1": (64, 3, 7, 7), "model.4": (128, 64, 3, 3), "model.7": (256, 128, 3, 3)}
     shapes |= {f"model.{10 + b}.conv_block.{c}": (256, 256, 3, 3) for b in range(9) for c in (1, 5)}
     shapes |= {"model.19": (256, 128, 3, 3), "model.22": (128, 64, 3, 3), "model.26": (3, 64, 7, 7)}
     generator = torch.Generator().manual_seed(0)
     state = {}
     for name, shape in shapes.items():
-        outputs = shape[1] if name in ("model.19", "model.22") else shape[0]  # transposed convolutions
+        transposed = name in ("model.19", "model.22")
+        outputs = shape[1] if transposed else shape[0]
         state[f"{name}.weight"] = torch.randn(shape, generator=generator) * 0.02
         state[f"{name}.bias"] = torch.randn(outputs, generator=generator) * 0.02
     torch.save(state, tmp_path / "plain.pth")
-    old = {f"module.{k}": v for k, v in state.items()} | {"module.model.2.running_mean": torch.zeros(64)}
+    old = {f"module.{k}": v for k, v in state.items()}
+    old["module.model.2.running_mean"] = torch.zeros(64)
     torch.save(old, tmp_path / "old.pth")
-    plain, prefixed = (translators.Generator.from_file(tmp_path / name).eval() for name in ("plain.pth", "old.pth"))
+    paths = (tmp_path / name for name in ("plain.pth", "old.pth"))
+    plain, prefixed = (Generator.from_file(path).eval() for path in paths)
     x = images(1, (32, 48))
     with torch.no_grad():
         assert torch.equal(plain(x), prefixed(x))
@@ -180,11 +196,11 @@ def test_a_published_generators_layout_loads(tmp_path):
         assert 0 <= plain(x).min() <= plain(x).max() <= 1
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match=r"other\.pth: no CycleGAN"):
-        translators.Generator.from_file(tmp_path / "other.pth")
+        Generator.from_file(tmp_path / "other.pth")
 
 
 def test_the_discriminator_judges_70x70_patches():
-    judge = translators.Discriminator(4)
+    judge = Discriminator(4)
     x = torch.rand(1, 3, 128, 128, requires_grad=True)
     scores = judge(x)
     assert scores.shape == (1, 1, 14, 14)

@@ -9,9 +9,9 @@ from conftest import CLASSES, IDS, paletted_png, picture, save
 from test_datasets import as_classes
 from test_pipeline import ok
 
-import own_data
-from config import load_config
 from datasets import Images
+from settings import load_config
+from tools import own_data
 
 
 @pytest.fixture
@@ -39,7 +39,9 @@ def named(path, **classes):
     """As somebody goes through it: the names of the classes, null for a value without one."""
     text = path.read_text()
     for value in {0, *IDS.values()} - set(classes.values()):
-        text = text.replace(f"{value}: class_{value} ", f"{value}: null ").replace(f"  class_{value}: [", "  # [")
+        text = text.replace(f"{value}: class_{value} ", f"{value}: null ").replace(
+            f"  class_{value}: [", "  # ["
+        )
     for name, value in classes.items():
         text = text.replace(f"class_{value} ", f"{name} ").replace(f"class_{value}:", f"{name}:")
     path.write_text(text)
@@ -48,10 +50,16 @@ def named(path, **classes):
 def test_folders_of_a_game_and_of_cityscapes(dataset, init, run):
     out = ok(init("game", "camera"))
     assert (
-        "source: 6 images, 6 labels" in out and "target: 4 images, 4 labels" in out and "val: 2 images, 2 labels" in out
+        "source: 6 images, 6 labels" in out
+        and "target: 4 images, 4 labels" in out
+        and "val: 2 images, 2 labels" in out
     )
     cfg = load_config(dataset / "my.yaml")
-    assert cfg.source.layout == "folder" and (cfg.target.layout, cfg.target.split, cfg.val.split) == (
+    assert cfg.source.layout == "folder" and (
+        cfg.target.layout,
+        cfg.target.split,
+        cfg.val.split,
+    ) == (
         "cityscapes",
         "train",
         "val",
@@ -70,20 +78,32 @@ def test_folders_of_a_game_and_of_cityscapes(dataset, init, run):
     order = [list(cfg.classes).index(name) for name in CLASSES] + [255] * 253
     for i in range(6):
         assert np.array_equal(
-            Images(cfg, "source", True).label(i), np.array(order, np.uint8)[as_classes(picture(i)[1])]
+            Images(cfg, "source", True).label(i),
+            np.array(order, np.uint8)[as_classes(picture(i)[1])],
         )
 
     # and on to a report, with nothing but smaller numbers
-    small = ["model.weights=null", "model.channels=32", "workers=0", "translation.steps=1", "translation.blocks=1", "translation.filters=4",
-             "translation.crop=[32,32]", "bn_images=4", "warmup.steps=2", "selftrain.steps=2", "precision=fp32"]  # fmt: skip
+    small = [
+        "model.weights=null",
+        "model.channels=32",
+        "workers=0",
+        "translation.steps=1",
+        "translation.blocks=1",
+        "translation.filters=4",
+        "translation.crop=[32,32]",
+        "bn_images=4",
+        "warmup.steps=2",
+        "selftrain.steps=2",
+        "precision=fp32",
+    ]
     given = ("--cfg", "my.yaml", *small)
-    ok(run("datasets", "--check", *given))
+    ok(run("tools.own_data", "--check", *given))
     assert (dataset / "runs/my/contact_sheet_source.png").exists()
     ok(run("translate_cyclegan", *given))
     ok(run("warmup", *given))
     ok(run("selftrain", *given))
     ok(run("evaluate", *given))
-    ok(run("report", "runs/my"))
+    ok(run("tools.report", "runs/my"))
     assert (dataset / "runs/my/report.html").exists()
 
 
@@ -107,7 +127,10 @@ def test_a_bare_folder_of_images_and_labels_with_a_palette(dataset, init):
     cfg = load_config(dataset / "my.yaml")
     assert (cfg.target.layout, cfg.target.split, cfg.val.root) == ("flat", None, None)
     assert cfg.target.sizes == [[160, 88], [200, 110]]
-    assert cfg.classes == {f"class_{value}": [value, 50, 90] for value in (7, 23, 26)} and cfg.source.ids[255] is None
+    assert (
+        cfg.classes == {f"class_{value}": [value, 50, 90] for value in (7, 23, 26)}
+        and cfg.source.ids[255] is None
+    )
     assert len(Images(cfg, "target", False)) == 3
 
 

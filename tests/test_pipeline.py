@@ -19,11 +19,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
-import make_demo_data
 import metrics
 import models
-import translators
-from images import read_image, read_label
+from engine.images import read_image, read_label
 
 
 def ok(outcome):
@@ -58,10 +56,24 @@ def test_all_stages_end_to_end(dataset, run, config, monkeypatch):
         assert read_image(folder / f"translated/{i:05d}.png").shape == (*SIZE, 3)
     assert not np.array_equal(read_image(folder / "translated/00000.png"), picture(0)[0])
 
-    ok(run("warmup", "--as", "source_only", "warmup.distill=0", "warmup.crdomix=false", "bn_recalibrate=[source]"))
+    ok(
+        run(
+            "warmup",
+            "--as",
+            "source_only",
+            "warmup.distill=0",
+            "warmup.crdomix=false",
+            "bn_recalibrate=[source]",
+        )
+    )
     ok(run("warmup", "val_every=3"))
     ok(run("selftrain", "--init", "warmup.pth"))
-    oracle = ("warmup.labels_from=target", "warmup.distill=0", "warmup.crdomix=false", "bn_recalibrate=[target]")
+    oracle = (
+        "warmup.labels_from=target",
+        "warmup.distill=0",
+        "warmup.crdomix=false",
+        "bn_recalibrate=[target]",
+    )
     ok(run("warmup", "--as", "oracle", *oracle))
     for number in (1, 2):
         for i in range(4):
@@ -76,18 +88,30 @@ def test_all_stages_end_to_end(dataset, run, config, monkeypatch):
     assert list(results) == stages
     for stage, entry in results.items():
         assert list(entry["iou"]) == list(CLASSES)
-        assert entry["miou"] == pytest.approx(np.mean([x for x in entry["iou"].values() if x is not None]), abs=2e-3)
+        assert entry["miou"] == pytest.approx(
+            np.mean([x for x in entry["iou"].values() if x is not None]), abs=2e-3
+        )
         assert (entry["scales"], entry["weights"], entry["split"]) == ([1.0, 0.5], "last", "val")
-        assert f"{entry['miou']:.1f}" in next(line for line in out.splitlines() if line.startswith(f"| {stage} "))
+        assert f"{entry['miou']:.1f}" in next(
+            line for line in out.splitlines() if line.startswith(f"| {stage} ")
+        )
 
     # pictures: colours of the classes, the image half seen through them; ids as the dataset has them
     name = "b/b_4_leftImg8bit.png"
-    coloured, ids = read_image(folder / "predictions/warmup" / name), read_label(folder / "ids/warmup" / name)
+    coloured, ids = (
+        read_image(folder / "predictions/warmup" / name),
+        read_label(folder / "ids/warmup" / name),
+    )
     for label, colour in ((IDS[k], colour) for k, colour in CLASSES.items()):
         assert (coloured[ids == label] == colour).all()
     assert set(np.unique(ids)) <= set(IDS.values())
     model = models.load_segmenter(folder / "warmup.pth", config())[0].eval()
-    image = torch.from_numpy(read_image(dataset / "camera/leftImg8bit/val" / name)).permute(2, 0, 1)[None] / 255
+    image = (
+        torch.from_numpy(read_image(dataset / "camera/leftImg8bit/val" / name)).permute(2, 0, 1)[
+            None
+        ]
+        / 255
+    )
     with torch.no_grad():
         half = torch.nn.functional.interpolate(image, (24, 32), mode="bilinear", antialias=True)
         logits = [
@@ -108,12 +132,16 @@ def test_all_stages_end_to_end(dataset, run, config, monkeypatch):
     official.args.evalInstLevelScore = official.args.JSONOutput = official.args.colorized = False
     official.args.quiet, official.args.evalPixelAccuracy = True, False
     truth = sorted(map(str, (dataset / "camera/gtFine/val").rglob("*.png")))
-    theirs = official.evaluateImgLists(sorted(map(str, (folder / "ids/warmup").rglob("*.png"))), truth, official.args)
+    theirs = official.evaluateImgLists(
+        sorted(map(str, (folder / "ids/warmup").rglob("*.png"))), truth, official.args
+    )
     for name, iou in results["warmup"]["iou"].items():
         assert iou / 100 == pytest.approx(theirs["classScores"][name], abs=1e-5)
 
     # the log: every term, and how good the pseudo-labels were
-    lines = [line for line in log(folder) if line["stage"] == "selftrain" and "finished" not in line]
+    lines = [
+        line for line in log(folder) if line["stage"] == "selftrain" and "finished" not in line
+    ]
     assert [line["step"] for line in lines] == [2, 4]
     for line in lines:
         assert {
@@ -132,7 +160,9 @@ def test_all_stages_end_to_end(dataset, run, config, monkeypatch):
     validations = [line for line in log(folder) if "val_miou_student" in line]
     assert [line["step"] for line in validations] == [3, 6]
     best = state(folder / "warmup_best_on_val.pth")
-    assert best["miou"] == pytest.approx(max(line["val_miou_student"] for line in validations), abs=1e-3)
+    assert best["miou"] == pytest.approx(
+        max(line["val_miou_student"] for line in validations), abs=1e-3
+    )
     assert json.loads((folder / "environment.json").read_text())["torch"] == torch.__version__
     assert (folder / "tensorboard/warmup").is_dir()
     ok(run("evaluate", "--cfg", folder / "config.yaml", "--weights", "warmup_best_on_val.pth"))
@@ -153,7 +183,16 @@ def test_all_stages_end_to_end(dataset, run, config, monkeypatch):
 
 def test_the_baseline_reads_no_target_and_no_translation(dataset, run):
     shutil.rmtree(dataset / "camera")
-    ok(run("warmup", "--as", "source_only", "warmup.distill=0", "warmup.crdomix=false", "bn_recalibrate=[source]"))
+    ok(
+        run(
+            "warmup",
+            "--as",
+            "source_only",
+            "warmup.distill=0",
+            "warmup.crdomix=false",
+            "bn_recalibrate=[source]",
+        )
+    )
     assert [line["stage"] for line in log(dataset / "runs/test")] == ["source_only"] * 4
 
 
@@ -162,11 +201,20 @@ def test_the_source_only_step_is_plain_supervised_training(dataset, run, config)
     from datasets import Crops, Images
     from models import poly_lr
 
-    overrides = ("warmup.distill=0", "warmup.crdomix=false", "bn_recalibrate=[]", "optimizer.lr_backbone=0.01")
+    overrides = (
+        "warmup.distill=0",
+        "warmup.crdomix=false",
+        "bn_recalibrate=[]",
+        "optimizer.lr_backbone=0.01",
+    )
     ok(run("warmup", *overrides))
     cfg = config(*overrides)
     torch.manual_seed(cfg.seed)
-    model = models.build_segmenter(num_classes=3, **cfg.model).to(memory_format=torch.channels_last).train()
+    model = (
+        models.build_segmenter(num_classes=3, **cfg.model)
+        .to(memory_format=torch.channels_last)
+        .train()
+    )
     groups = [
         {"params": model.backbone.parameters(), "lr": 0.01},
         {"params": model.head.parameters()},
@@ -195,19 +243,20 @@ def test_the_source_only_step_is_plain_supervised_training(dataset, run, config)
 
 def interrupt(monkeypatch, step):
     """Makes the loop stop, as a kill would, before it has done `step` more steps."""
-    import engine
 
-    fetch, count = engine.Run.fetch, [0]
+    fetch, count = Run.fetch, [0]
 
     def counted(self, batch):
-        if isinstance(batch, dict) and "draws" in (batch if "image" in batch else next(iter(batch.values()))):
+        if isinstance(batch, dict) and "draws" in (
+            batch if "image" in batch else next(iter(batch.values()))
+        ):
             count[0] += 1
             if count[0] > step:
-                raise engine.Stopped(signal.SIGINT)
+                raise Stopped(signal.SIGINT)
         return fetch(self, batch)
 
-    monkeypatch.setattr(engine.Run, "fetch", counted)
-    return lambda: monkeypatch.setattr(engine.Run, "fetch", fetch)
+    monkeypatch.setattr(Run, "fetch", counted)
+    return lambda: monkeypatch.setattr(Run, "fetch", fetch)
 
 
 @pytest.mark.parametrize("script", ["translate_cyclegan", "warmup", "selftrain"])
@@ -246,7 +295,7 @@ def test_the_seed_decides_everything(dataset, run):
 
 
 def test_translation_by_a_published_generator_or_elsewhere(dataset, run):
-    generator = translators.Generator(8, 2)
+    generator = translate_cyclegan.Generator(8, 2)
     torch.save(generator.state_dict(), dataset / "latest_net_G_A.pth")
     out = ok(run("translate_cyclegan", f"translation.weights={dataset}/latest_net_G_A.pth"))
     assert "6 translated images" in out
@@ -282,7 +331,17 @@ def test_a_folder_of_images_without_labels(dataset, run):
     save(dataset / "photos/a.jpg", picture(7, (60, 90))[0])
     save(dataset / "photos/trip/b.png", picture(8, (90, 60))[0])
     weights = dataset / "runs/test/warmup.pth"
-    ok(run("evaluate", "--weights", weights, "--images", dataset / "photos", "--out", dataset / "out"))
+    ok(
+        run(
+            "evaluate",
+            "--weights",
+            weights,
+            "--images",
+            dataset / "photos",
+            "--out",
+            dataset / "out",
+        )
+    )
     for kind in ("predictions", "overlays", "ids"):
         assert cv2.imread(str(dataset / f"out/{kind}/warmup/a.png"), -1).shape[:2] == (60, 90)
         assert cv2.imread(str(dataset / f"out/{kind}/warmup/trip/b.png"), -1).shape[:2] == (90, 60)
@@ -292,7 +351,9 @@ def test_a_folder_of_images_without_labels(dataset, run):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_video_comes_back_with_every_frame(dataset, run, workers):
     ok(run("warmup", "warmup.crdomix=false"))
-    film = cv2.VideoWriter(str(dataset / "drive.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 12, (96, 64))
+    film = cv2.VideoWriter(
+        str(dataset / "drive.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 12, (96, 64)
+    )
     for i in range(7):
         film.write(picture(i, (64, 96))[0][..., ::-1])
     film.release()
@@ -345,18 +406,24 @@ def averaged(network, image, size, tops, lefts):
     for top in tops:
         for left in lefts:
             logits = network(image[..., top : top + size[0], left : left + size[1]])[0]
-            logits = torch.nn.functional.interpolate(logits.float(), size, mode="bilinear", align_corners=True)[0]
+            logits = torch.nn.functional.interpolate(
+                logits.float(), size, mode="bilinear", align_corners=True
+            )[0]
             for i in range(size[0]):
                 for j in range(size[1]):
                     kept[top + i][left + j].append(logits[:, i, j])
-    return torch.stack([torch.stack([torch.stack(x).mean(0) for x in row], 1) for row in kept], 1)[None]
+    return torch.stack([torch.stack([torch.stack(x).mean(0) for x in row], 1) for row in kept], 1)[
+        None
+    ]
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_a_sliding_window_is_the_mean_over_its_windows(precision):
     """A network of 64 channels in 32 groups, in channels-last, as training leaves it."""
     torch.manual_seed(0)
-    model = models.build_segmenter("resnet18", 8, 8, 64).eval().to(memory_format=torch.channels_last)
+    model = (
+        models.build_segmenter("resnet18", 8, 8, 64).eval().to(memory_format=torch.channels_last)
+    )
     image = torch.rand(1, 3, 75, 130)
     with torch.no_grad(), torch.autocast("cpu", precision, enabled=precision != torch.float32):
         (ours,) = metrics.sliding_window(model, image, [64, 96])
@@ -364,7 +431,9 @@ def test_a_sliding_window_is_the_mean_over_its_windows(precision):
         assert torch.equal(metrics.sliding_window(model, image, [96, 160])[0], model(image)[0])
         expected = averaged(model, image, (64, 96), (0, 11), (0, 34))
         turned = averaged(model, image.transpose(2, 3), (96, 64), (0, 34), (0, 11))
-    tolerance = {"rtol": 1e-4, "atol": 1e-4} if precision == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    tolerance = (
+        {"rtol": 1e-4, "atol": 1e-4} if precision == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    )
     torch.testing.assert_close(ours, expected, **tolerance)
     torch.testing.assert_close(portrait, turned, **tolerance)
 
@@ -374,14 +443,24 @@ def test_windows_cover_an_image_at_less_than_twice_its_pixels():
         size, starts = metrics._windows(side, 512)
         assert size <= 512
         assert (starts[0], starts[-1] + size) == (0, side)
-        assert all(before + size - after >= size // 4 - 1 for before, after in itertools.pairwise(starts))
+        assert all(
+            before + size - after >= size // 4 - 1 for before, after in itertools.pairwise(starts)
+        )
         assert len(starts) * size <= (4 / 3) * side + 32 * len(starts)
 
 
 def test_a_picture_larger_than_a_window_is_segmented_at_its_size(dataset, run):
     save(dataset / "photos/a.jpg", picture(7, (140, 210))[0])
     ok(run("warmup", "warmup.crdomix=false"))
-    given = ("--weights", "warmup.pth", "--images", dataset / "photos", "--out", dataset / "out", "val.size=null")
+    given = (
+        "--weights",
+        "warmup.pth",
+        "--images",
+        dataset / "photos",
+        "--out",
+        dataset / "out",
+        "val.size=null",
+    )
     ok(run("evaluate", *given, "evaluation.tile=[128, 128]"))
     assert read_image(dataset / "out/predictions/warmup/a.png").shape == (140, 210, 3)
 
@@ -401,7 +480,6 @@ def test_without_labels_to_score_with_the_target_is_pictured(dataset, run):
 
 def test_evaluation_takes_the_configuration_from_the_checkpoint(dataset, run, monkeypatch, capsys):
     """But not where to write: that is beside it."""
-    import engine
     import evaluate
 
     ok(run("warmup", "warmup.crdomix=false"))
@@ -409,8 +487,10 @@ def test_evaluation_takes_the_configuration_from_the_checkpoint(dataset, run, mo
     saved["config"] |= {"output": str(dataset / "elsewhere"), "name": "other"}
     (dataset / "moved").mkdir()
     torch.save(saved, dataset / "moved/warmup.pth")
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--weights", str(dataset / "moved/warmup.pth")])
-    engine.command(evaluate.main)
+    monkeypatch.setattr(
+        sys, "argv", ["evaluate.py", "--weights", str(dataset / "moved/warmup.pth")]
+    )
+    command(evaluate.main)
     assert "| warmup |" in capsys.readouterr().out
     assert (dataset / "moved/results.json").exists()
     assert not (dataset / "elsewhere").exists()
@@ -421,7 +501,10 @@ def test_evaluation_takes_the_configuration_from_the_checkpoint(dataset, run, mo
     [
         (("--weights", "none.pth"), "none.pth: there is no such file"),
         (("--weights", "test.yaml"), "test.yaml: not a file of tensors"),
-        (("--weights", "warmup.pth", "classes={road: [1, 1, 1], sky: [2, 2, 2]}"), "trained for other classes"),
+        (
+            ("--weights", "warmup.pth", "classes={road: [1, 1, 1], sky: [2, 2, 2]}"),
+            "trained for other classes",
+        ),
         (("--weights", "warmup.pth", "device=cuda"), "no GPU"),
     ],
 )
@@ -440,30 +523,51 @@ def test_labels_without_a_class_to_score_are_named(dataset, run):
     """Before a score is written, and while training."""
     nothing = "val.ids={7: null, 23: null, 26: null, 0: null}"
     code, _, err = run("warmup", "warmup.crdomix=false", "val_every=2", nothing)
-    assert (code, err) == (2, "warmup.py: val: no pixel of its labels belongs to a class; are val.ids right?\n")
+    assert (code, err) == (
+        2,
+        "warmup.py: val: no pixel of its labels belongs to a class; are val.ids right?\n",
+    )
     ok(run("warmup", "warmup.crdomix=false", "--force"))
     code, _, err = run("evaluate", nothing)
-    assert (code, err) == (2, "evaluate.py: val: no pixel of its labels belongs to a class; are val.ids right?\n")
+    assert (code, err) == (
+        2,
+        "evaluate.py: val: no pixel of its labels belongs to a class; are val.ids right?\n",
+    )
     assert not (dataset / "runs/test/results.json").exists()
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_memory_that_is_not_enough_is_one_line(monkeypatch, capsys, device):
-    import engine
 
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     monkeypatch.setattr(sys, "argv", ["warmup.py"])
     with pytest.raises(SystemExit) as stop:
-        engine.command(lambda: torch.empty(2**46, dtype=torch.uint8, device=device))
+        command(lambda: torch.empty(2**46, dtype=torch.uint8, device=device))
     err = capsys.readouterr().err
     assert (stop.value.code, len(err.splitlines())) == (2, 1)
     assert "raise accumulate" in err
 
 
 def test_a_backbone_with_a_rate_of_zero_stands_still(dataset, run):
-    ok(run("warmup", "warmup.crdomix=false", "warmup.steps=1", "name=one", "optimizer.lr_backbone=0"))
-    ok(run("warmup", "warmup.crdomix=false", "warmup.steps=3", "name=more", "optimizer.lr_backbone=0"))
+    ok(
+        run(
+            "warmup",
+            "warmup.crdomix=false",
+            "warmup.steps=1",
+            "name=one",
+            "optimizer.lr_backbone=0",
+        )
+    )
+    ok(
+        run(
+            "warmup",
+            "warmup.crdomix=false",
+            "warmup.steps=3",
+            "name=more",
+            "optimizer.lr_backbone=0",
+        )
+    )
     one, more = (state(dataset / f"runs/{name}/warmup.pth")["student"] for name in ("one", "more"))
     for name, value in one.items():
         moved = not torch.equal(value, more[name])
@@ -482,11 +586,17 @@ module, x = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Softmax(1)), tor
 def main():
     for _ in range(2):
         assert torch.equal(engine.Compiled(module, {falls_back})(x), module(x))
-engine.command(main)
+command(main)
 """
-    environment = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    environment = {
+        "CXX": "no-such-compiler",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     pipes = {"capture_output": True, "text": True, "cwd": ROOT}
-    done = subprocess.run([sys.executable, "-c", script], env=os.environ | environment, check=False, **pipes)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | environment, check=False, **pipes
+    )
     message = "goes on without compilation" if falls_back else "set compile=false"
     lines = [line for line in done.stderr.splitlines() if message in line]
     assert (done.returncode, len(lines)) == (0 if falls_back else 2, 1), done.stderr
@@ -508,9 +618,22 @@ def test_the_commands_as_a_user_types_them(dataset):
     env = os.environ | {"PYTHONPATH": str(ROOT)}
 
     def shell(*arguments):
-        return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=env, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            cwd=ROOT,
+            env=env,
+            capture_output=True,
+            text=True,
+        )
 
-    done = shell("warmup.py", "--cfg", dataset / "test.yaml", "warmup.crdomix=false", "workers=2", "precision=auto")
+    done = shell(
+        "warmup.py",
+        "--cfg",
+        dataset / "test.yaml",
+        "warmup.crdomix=false",
+        "workers=2",
+        "precision=auto",
+    )
     assert done.returncode == 0, done.stderr
     assert "warmup: wrote" in done.stdout
     failed = shell("selftrain.py", "--cfg", dataset / "test.yaml", "--init", "nothing.pth")
@@ -521,20 +644,29 @@ def test_the_commands_as_a_user_types_them(dataset):
 class NoWaiting(TorchDispatchMode):
     """Refuses what a GPU's host would have to wait for: a value read back, a shape that data decide, a constant copied over."""
 
-    OPERATIONS = ("lift_fresh", "_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique2", "equal")
+    OPERATIONS = (
+        "lift_fresh",
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "bincount",
+        "_unique2",
+        "equal",
+    )
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         name = operation.overloadpacket.__name__
         indices = args[1] if name in ("index", "index_put", "index_put_") else ()
         assert name not in self.OPERATIONS, name
-        assert not any(i is not None and i.dtype == torch.bool for i in indices), f"{name} by a mask"
+        assert not any(i is not None and i.dtype == torch.bool for i in indices), (
+            f"{name} by a mask"
+        )
         return operation(*args, **(kwargs or {}))
 
 
 def test_no_step_waits_for_the_device(dataset, run, monkeypatch):
-    import engine
 
-    steps = engine.Run.steps
+    steps = Run.steps
     watched = []
 
     def watch(self, batches, first, total, state):
@@ -544,16 +676,23 @@ def test_no_step_waits_for_the_device(dataset, run, monkeypatch):
                 watched.append((self.stage, step))
                 yield step, parts
 
-    monkeypatch.setattr(engine.Run, "steps", watch)
-    for options in (("name=ce",), ("name=ohem", "supervised=ohem", "model.auxiliary=0.1", "optimizer.name=adamw")):
+    monkeypatch.setattr(Run, "steps", watch)
+    for options in (
+        ("name=ce",),
+        ("name=ohem", "supervised=ohem", "model.auxiliary=0.1", "optimizer.name=adamw"),
+    ):
         options = (*options, "workers=1", "selftrain.rounds=1")
         for stage in ("warmup", "selftrain"):
             ok(run(stage, *options, f"translation.images={dataset}/game/images"))
-    assert watched == 2 * [*(("warmup", n) for n in range(6)), *(("selftrain", n) for n in range(4))]
+    assert watched == 2 * [
+        *(("warmup", n) for n in range(6)),
+        *(("selftrain", n) for n in range(4)),
+    ]
 
 
 @pytest.mark.skipif(
-    "LONG" not in os.environ and not torch.cuda.is_available(), reason="needs a GPU, or LONG=1 and a minute"
+    "LONG" not in os.environ and not torch.cuda.is_available(),
+    reason="needs a GPU, or LONG=1 and a minute",
 )
 def test_compiled_networks_train_alike(dataset, run, monkeypatch):
     monkeypatch.setattr("torch._inductor.config.fallback_random", True)  # dropout as without
@@ -568,9 +707,16 @@ def test_compiled_networks_train_alike(dataset, run, monkeypatch):
         )
         ok(run("warmup", *options, "warmup.steps=2"))
         # from one network, and with labels that no rounding changes
-        options = (*options, "selftrain.rounds=1", "selftrain.crdomix=false", "selftrain.labels=probability")
+        options = (
+            *options,
+            "selftrain.rounds=1",
+            "selftrain.crdomix=false",
+            "selftrain.labels=probability",
+        )
         ok(run("selftrain", "--init", dataset / "runs/compile_false/warmup.pth", *options))
-        losses.append([line["loss"] for line in log(dataset / f"runs/compile_{wanted}") if "step" in line])
+        losses.append(
+            [line["loss"] for line in log(dataset / f"runs/compile_{wanted}") if "step" in line]
+        )
     assert len(losses[0]) == 6
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
@@ -619,14 +765,19 @@ def test_demo_data_shows_every_class_in_every_split():
 
 
 def test_demo_data_in_the_real_layouts(tmp_path, monkeypatch, capsys):
-    import engine
-    from config import load_config
     from datasets import Images
+    from settings import load_config
 
     monkeypatch.setattr(make_demo_data, "SPLITS", {"game": 3, "train": 2, "val": 2})
-    roots = [f"source.root={tmp_path}/game", f"target.root={tmp_path}/camera", f"val.root={tmp_path}/camera"]
-    monkeypatch.setattr(sys, "argv", ["make_demo_data.py", "--cfg", str(ROOT / "configs/demo.yaml"), *roots])
-    engine.command(make_demo_data.main)
+    roots = [
+        f"source.root={tmp_path}/game",
+        f"target.root={tmp_path}/camera",
+        f"val.root={tmp_path}/camera",
+    ]
+    monkeypatch.setattr(
+        sys, "argv", ["make_demo_data.py", "--cfg", str(ROOT / "configs/demo.yaml"), *roots]
+    )
+    command(make_demo_data.main)
     cfg = load_config(ROOT / "configs/demo.yaml", roots)
     for domain, split, count in (("source", "game", 3), ("target", "train", 2), ("val", "val", 2)):
         images = Images(cfg, domain, labelled=True)
@@ -634,6 +785,6 @@ def test_demo_data_in_the_real_layouts(tmp_path, monkeypatch, capsys):
         assert np.array_equal(images.image(1), make_demo_data.render(0, split, 1)[0])
         assert images.label(1).max() < 8
     stamp = Path(tmp_path / "game/images/00000.png").stat().st_mtime_ns
-    engine.command(make_demo_data.main)
+    command(make_demo_data.main)
     assert Path(tmp_path / "game/images/00000.png").stat().st_mtime_ns == stamp
     assert "complete" in capsys.readouterr().out

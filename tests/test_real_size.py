@@ -1,8 +1,8 @@
 """Every shipped configuration at its own sizes, on the CPU, as a user runs it: LONG=1 and an hour.
 
 The other tests make each configuration small. What goes wrong at real sizes alone (memory, tiles,
-files of the real layouts) shows here, on two made-up files of each split and with one
-step a stage. A table of seconds and memory follows, a row per command.
+files of the real layouts) shows here, on two made-up files of each split and with one step a stage.
+A table of seconds and memory follows, a row per command.
 """
 
 import json
@@ -19,8 +19,8 @@ import pytest
 import torch
 from conftest import ROOT, paletted_png, save
 
-from config import CITYSCAPES, classes, load_config
-from images import read_image, read_label
+from engine.images import read_image, read_label
+from settings import CITYSCAPES, classes, load_config
 
 pytestmark = pytest.mark.skipif(
     not os.environ.get("LONG"), reason="real sizes take an hour and 16 GB of memory: set LONG=1"
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(
 CONFIGS = ["config.yaml", *sorted(f"configs/{path.name}" for path in ROOT.glob("configs/*.yaml"))]
 CONFIGS.remove("configs/demo.yaml")
 
-# what a user types after `python`, by the name of the stage; a script without a folder lies in ROOT
+# what a user types after `python`, by the name of the stage
 COMMANDS = {
     "translate": ["translate_cyclegan.py"],
     "source_only": ["warmup.py", "--as", "source_only", "warmup.distill=0", "warmup.crdomix=false",
@@ -40,20 +40,20 @@ COMMANDS = {
     "evaluate": ["evaluate.py"],
     "pictures": ["evaluate.py"],
     "export": ["evaluate.py"],
-    "report": ["report.py"],
+    "report": ["-m", "tools.report"],
 }  # fmt: skip
 # beside these, everything is as the configuration has it; where the data lies, too
 OVERRIDES = [
     "device=cpu", "workers=1", "model.weights=null", "translation.steps=1", "warmup.steps=1",
     "selftrain.steps=1", "bn_images=4", "evaluation.pictures=2",
 ]  # fmt: skip
-# views that a network is trained on at once, for 16 GB of memory; a step's batch is worked through in
-# as many equal parts as that takes, which changes no number
+# views that a network is trained on at once, for 16 GB of memory; a step's batch is worked through
+# in as many equal parts as that takes, which changes no number of the method
 VIEWS = {"deeplab_v2_resnet101": 6, "mobilenet_v2": 12}
 LARGE = (2160, 3840)  # larger than every configuration's tile
 
-# architectures that cannot be written for images of any size
-NOT_EXPORTED = {}
+# architectures that cannot be written for images of any size, and what is said of them
+NOT_EXPORTED = {"UPerNet": "any size"}
 
 # the label value of a class in each dataset, and one that stands for no class
 CITYSCAPES_IDS = [ids[1] for ids in CITYSCAPES.values()], 4
@@ -67,7 +67,7 @@ CAMVID_IDS = list(range(11)), 11
 
 
 def scene(seed, size, ids):
-    """An image of `size` and its label map: a patchwork in which every class is, under a void strip."""
+    """An image and its label map: a patchwork in which every class is, under a void strip."""
     values, void = ids
     rng = np.random.default_rng(seed)
     cells = (
@@ -89,7 +89,7 @@ def paletted(path, label):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder to work in, with data/ where the configurations look for it, and one large picture."""
+    """A folder to work in, with data/ where configurations look for it, and one large picture."""
     world = tmp_path_factory.mktemp("real_size")
     data = world / "data"
     for i in range(2):
@@ -137,7 +137,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def table(request):
-    """table(configuration, stage, seconds, GiB) says at once what a command took; all, at the end."""
+    """table(*cells) prints a row about a command at once, and all of them at the end."""
     capture = request.config.pluginmanager.getplugin("capturemanager")
     rows = []
 

@@ -16,8 +16,8 @@ import yaml
 from conftest import CLASSES, ROOT
 from test_pipeline import log, ok
 
-from images import read_image
-from report import TITLES, read_log
+from engine.images import read_image
+from tools.report import TITLES, read_log
 
 
 class Page(HTMLParser):
@@ -60,13 +60,22 @@ def finished(dataset, run):
     ok(run("warmup", "--as", "source_only", *plain, "bn_recalibrate=[source]"))
     ok(run("warmup", "pictures_every=4"))
     ok(run("selftrain"))
-    ok(run("warmup", "--as", "oracle", "warmup.labels_from=target", *plain, "bn_recalibrate=[target]"))
+    ok(
+        run(
+            "warmup",
+            "--as",
+            "oracle",
+            "warmup.labels_from=target",
+            *plain,
+            "bn_recalibrate=[target]",
+        )
+    )
     ok(run("evaluate"))
     return dataset / "runs/test"
 
 
 def test_every_number_is_that_of_the_results_and_the_log(finished, run):
-    ok(run("report", finished))
+    ok(run("tools.report", finished))
     page = Page(finished / "report.html")
     results = json.loads((finished / "results.json").read_text())
     low, high = results["source_only"]["miou"], results["oracle"]["miou"]
@@ -80,7 +89,9 @@ def test_every_number_is_that_of_the_results_and_the_log(finished, run):
 
     _, *rows = page.tables["classes"]
     for name, row in zip(CLASSES, rows, strict=True):
-        old, new, oracle = (results[stage]["iou"][name] for stage in ("source_only", "selftrain", "oracle"))
+        old, new, oracle = (
+            results[stage]["iou"][name] for stage in ("source_only", "selftrain", "oracle")
+        )
         mark = "▲" if new - old > 0.05 else "▼" if new - old < -0.05 else "="
         assert row == [name, one(old), one(new), f"{mark} {new - old:+.1f}", one(oracle)]
 
@@ -89,24 +100,41 @@ def test_every_number_is_that_of_the_results_and_the_log(finished, run):
     assert len(rows) == 6
     for title, *row in rows:
         stage = next((stage for stage, words in TITLES.items() if words == title), title)
-        steps = [line for line in lines if line["stage"] == stage and "step" in line and "loss" in line]
-        seconds = [line["seconds"] for line in lines if line["stage"] == stage and "finished" in line]
+        steps = [
+            line for line in lines if line["stage"] == stage and "step" in line and "loss" in line
+        ]
+        seconds = [
+            line["seconds"] for line in lines if line["stage"] == stage and "finished" in line
+        ]
         memory = max(line["memory_gb"] for line in steps)
         last = steps[-1]
-        assert row == [str(last["step"]), one(seconds[-1] / 60), one(last["images_per_second"]), f"{memory:.2f}",
-                       f"{last['loss']:.3f}"]  # fmt: skip
+        assert row == [
+            str(last["step"]),
+            one(seconds[-1] / 60),
+            one(last["images_per_second"]),
+            f"{memory:.2f}",
+            f"{last['loss']:.3f}",
+        ]
     last = [line for line in lines if line["stage"] == "selftrain" and "step" in line][-1]
-    spoken = next(a["aria-label"] for _, a in page.tags if "its precision" in a.get("aria-label", ""))
+    spoken = next(
+        a["aria-label"] for _, a in page.tags if "its precision" in a.get("aria-label", "")
+    )
     for key, words in (("kept", "kept by the consensus"), ("precision", "its precision")):
         assert f"{words} {100 * last[key]:.1f}%" in spoken
     changed = {row[0]: row[2] for row in page.tables[3][1:]}
-    assert changed["warmup.steps"] == "6" and changed["crop"] == "[32, 40]" and "momentum" not in changed
+    assert (
+        changed["warmup.steps"] == "6"
+        and changed["crop"] == "[32, 40]"
+        and "momentum" not in changed
+    )
 
     # nothing but itself: no script, no address; the pictures are inside and described
     text = (finished / "report.html").read_text(encoding="utf-8")
     assert len(text) < 3e6 and "<script" not in text
     assert all(
-        not a.get(key) or re.match("data:|#", a[key]) for _, a in page.tags for key in ("src", "href", "xlink:href")
+        not a.get(key) or re.match("data:|#", a[key])
+        for _, a in page.tags
+        for key in ("src", "href", "xlink:href")
     )
     images = [a for tag, a in page.tags if tag == "img"]
     assert len(images) == 2 * 6 + 3 + 4 + 7
@@ -115,10 +143,17 @@ def test_every_number_is_that_of_the_results_and_the_log(finished, run):
     assert len(ids) == len(set(ids))
 
     # the pictures themselves: the consensus is where both judges agree
-    sample = {path.stem: read_image(path) for path in (finished / "samples/selftrain").glob("*.png")}
+    sample = {
+        path.stem: read_image(path) for path in (finished / "samples/selftrain").glob("*.png")
+    }
     agree = (sample["probability_labels"] == sample["feature_labels"]).all(-1, keepdims=True)
-    np.testing.assert_array_equal(sample["pseudo_labels"], np.where(agree, sample["probability_labels"], 0))
-    assert {tuple(c) for c in sample["truth"].reshape(-1, 3).tolist()} <= {*map(tuple, CLASSES.values()), (0, 0, 0)}
+    np.testing.assert_array_equal(
+        sample["pseudo_labels"], np.where(agree, sample["probability_labels"], 0)
+    )
+    assert {tuple(c) for c in sample["truth"].reshape(-1, 3).tolist()} <= {
+        *map(tuple, CLASSES.values()),
+        (0, 0, 0),
+    }
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(finished / "tensorboard/warmup"), {"images": 0}).Reload()
@@ -137,9 +172,11 @@ def test_several_runs_with_mean_and_spread(finished, run):
     (folders[2] / "config.yaml").write_text(config.replace("labels: consensus", "labels: feature"))
     config = (folders[1] / "config.yaml").read_text()
     (folders[1] / "config.yaml").write_text(config.replace("seed: 0", "seed: 1"))
-    ok(run("report", *folders))
+    ok(run("tools.report", *folders))
     page = Page(finished.parent / "comparison.html")
-    read = [json.loads((folder / "results.json").read_text())["selftrain"]["miou"] for folder in folders]
+    read = [
+        json.loads((folder / "results.json").read_text())["selftrain"]["miou"] for folder in folders
+    ]
     row = next(row for row in page.tables[0] if row[0] == "self-training")
     expected = f"{statistics.mean(read[:2]):.1f} ± {statistics.stdev(read[:2]):.1f}{one(read[0])} {one(read[1])} "
     assert row == ["self-training", expected, one(read[2])]
@@ -154,7 +191,7 @@ def test_a_run_without_labels_to_score_with_has_pictures(dataset, run):
     given = ("val.root=null", f"source.ids={ids}", "warmup.crdomix=false")
     ok(run("warmup", *given))
     ok(run("evaluate", *given))
-    ok(run("report", dataset / "runs/test"))
+    ok(run("tools.report", dataset / "runs/test"))
     text = (dataset / "runs/test/report.html").read_text(encoding="utf-8")
     page = Page(dataset / "runs/test/report.html")
     assert "scores" not in page.tables and sum(tag == "img" for tag, _ in page.tags) == 4 * 2 + 3
@@ -162,9 +199,16 @@ def test_a_run_without_labels_to_score_with_has_pictures(dataset, run):
 
 
 def test_the_log_of_a_stage_that_went_on_or_began_anew(tmp_path):
-    lines = [{"stage": "warmup", "step": step, "loss": loss} for step, loss in ((2, 9.0), (4, 8.0), (6, 7.0), (4, 8.0))]
+    lines = [
+        {"stage": "warmup", "step": step, "loss": loss}
+        for step, loss in ((2, 9.0), (4, 8.0), (6, 7.0), (4, 8.0))
+    ]
     path = tmp_path / "log.jsonl"
-    path.write_text("\n".join(map(json.dumps, [*lines, {"stage": "warmup", "step": 4, "val_miou_student": 1.0}])))
+    path.write_text(
+        "\n".join(
+            map(json.dumps, [*lines, {"stage": "warmup", "step": 4, "val_miou_student": 1.0}])
+        )
+    )
     assert read_log(path) == {"warmup": ([lines[0], lines[3]], None)}
     ended = {"stage": "warmup", "finished": 6, "seconds": 1.0}
     path.write_text("\n".join(map(json.dumps, [*lines, ended])))
@@ -173,7 +217,7 @@ def test_the_log_of_a_stage_that_went_on_or_began_anew(tmp_path):
 
 
 def test_what_is_no_run(dataset, run):
-    code, _, error = run("report", dataset / "runs/nothing")
+    code, _, error = run("tools.report", dataset / "runs/nothing")
     assert code == 2 and error.count("\n") == 1 and "runs/demo" in error
 
 
@@ -187,12 +231,12 @@ def test_a_run_of_a_version_with_fewer_keys(dataset, run):
     torch.save(checkpoint, folder / "warmup.pth")
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     ok(run("evaluate", "--cfg", "", "--weights", folder / "warmup.pth"))
-    ok(run("report", folder))
+    ok(run("tools.report", folder))
     assert (folder / "report.html").exists()
 
 
 def test_the_same_results_give_the_same_chart_whatever_the_hashes():
-    code = "from report import scores_chart; print(scores_chart({'source_only': {'miou': 30}, 'oracle': {'miou': 60}}))"
+    code = "from tools.report import scores_chart; print(scores_chart({'source_only': {'miou': 30}, 'oracle': {'miou': 60}}))"
     charts = {
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": seed}, text=True,
                        capture_output=True, check=True).stdout

@@ -19,11 +19,12 @@ from conftest import CLASSES, ROOT, picture, save
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import engine
-import files
-import images
-from config import SCHEMA, Config, UserError, load_config
 from datasets import Images
+from engine import files
+from engine.config import Config, UserError
+from engine.images import read_image, resize
+from engine.run import Run
+from settings import SCHEMA, load_config
 
 LONG = bool(os.environ.get("LONG"))
 SHIPPED = [ROOT / "config.yaml", *sorted((ROOT / "configs").glob("*.yaml"))]
@@ -37,9 +38,20 @@ GENERATED = settings(
 
 
 def start(script, dataset, *arguments):
-    command = [sys.executable, str(ROOT / f"{script}.py"), "--cfg", str(dataset / "test.yaml"), *map(str, arguments)]
+    command = [
+        sys.executable,
+        str(ROOT / f"{script}.py"),
+        "--cfg",
+        str(dataset / "test.yaml"),
+        *map(str, arguments),
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    pipes = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "start_new_session": True,
+    }
     return subprocess.Popen(command, cwd=dataset, env=env, **pipes)
 
 
@@ -71,8 +83,16 @@ def equal(a, b):
 
 @pytest.mark.parametrize("script", ["translate_cyclegan", "warmup", "selftrain"])
 def test_killed_at_random_moments_a_stage_ends_as_if_undisturbed(dataset, run, script):
-    steps = {"translate_cyclegan": "translation", "warmup": "warmup", "selftrain": "selftrain"}[script]
-    options = [f"{steps}.steps=24", "save_every=3", "log_every=3", "selftrain.rounds=1", "warmup.crdomix=false"]
+    steps = {"translate_cyclegan": "translation", "warmup": "warmup", "selftrain": "selftrain"}[
+        script
+    ]
+    options = [
+        f"{steps}.steps=24",
+        "save_every=3",
+        "log_every=3",
+        "selftrain.rounds=1",
+        "warmup.crdomix=false",
+    ]
     options += ["selftrain.crdomix=false"]
     if script == "selftrain":
         assert run("warmup", *options)[0] == 0
@@ -98,21 +118,33 @@ def test_killed_at_random_moments_a_stage_ends_as_if_undisturbed(dataset, run, s
             assert code == 0, err
             break
     assert not list((dataset / "runs/killed").glob(f".{result}.*"))
-    assert equal(networks(dataset / f"runs/test/{result}.pth"), networks(dataset / f"runs/killed/{result}.pth"))
+    assert equal(
+        networks(dataset / f"runs/test/{result}.pth"),
+        networks(dataset / f"runs/killed/{result}.pth"),
+    )
     if script == "translate_cyclegan":
         for path in (dataset / "runs/test/translated").iterdir():
             assert np.array_equal(
-                images.read_image(path), images.read_image(dataset / "runs/killed/translated" / path.name)
+                read_image(path),
+                read_image(dataset / "runs/killed/translated" / path.name),
             )
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_stage_after_the_step_with_a_checkpoint(dataset, run, number, code):
-    options = ("warmup.crdomix=false", "warmup.steps=400", "save_every=1000", "log_every=5", "workers=1")
+    options = (
+        "warmup.crdomix=false",
+        "warmup.steps=400",
+        "save_every=1000",
+        "log_every=5",
+        "workers=1",
+    )
     process = start("warmup", dataset, *options)
     log = dataset / "runs/test/log.jsonl"
     wait_for(process, log.exists)
-    os.killpg(process.pid, number)  # as a terminal, timeout and SLURM do: to the loader's processes as well
+    os.killpg(
+        process.pid, number
+    )  # as a terminal, timeout and SLURM do: to the loader's processes as well
     found, _, err = finish(process)
     assert found == code, err
     assert f"stopped by {number.name}; the same command goes on" in err.strip().splitlines()[-1]
@@ -123,15 +155,21 @@ def test_a_signal_ends_the_stage_after_the_step_with_a_checkpoint(dataset, run, 
     assert last["step"] == saved["step"]
 
 
-@pytest.mark.parametrize("damage", [lambda saved: saved.pop("seconds"), lambda saved: saved["student"].popitem(),
-                                    lambda saved: saved["optimizer"]["param_groups"].pop()])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda saved: saved.pop("seconds"),
+        lambda saved: saved["student"].popitem(),
+        lambda saved: saved["optimizer"]["param_groups"].pop(),
+    ],
+)
 def test_an_unfinished_checkpoint_of_another_version(dataset, run, monkeypatch, damage):
     def killed(self, steps, state):
         raise OSError
 
     options = ("warmup.crdomix=false", "save_every=1")
     with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(engine.Run, "finish", killed)
+        patch.setattr(Run, "finish", killed)
         run("warmup", *options)
     path = dataset / "runs/test/warmup.unfinished.pth"
     saved = torch.load(path, weights_only=True)
@@ -172,7 +210,9 @@ def test_other_inputs_are_noticed(dataset, run):
 def test_a_full_disk_leaves_the_last_checkpoint(dataset, run):
     disk = dataset / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], capture_output=True
+    ).returncode:
         pytest.skip("tmpfs cannot be mounted here")
     try:
         options = ("warmup.crdomix=false", f"output={disk}")
@@ -277,7 +317,9 @@ scalars = st.one_of(
 )
 values = st.recursive(
     scalars,
-    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(scalars, inner, max_size=4)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4), st.dictionaries(scalars, inner, max_size=4)
+    ),
     max_leaves=6,
 )
 
@@ -310,7 +352,9 @@ def test_a_mutated_configuration_is_valid_or_one_line(path, tmp_path_factory, ke
             name = key[-1] + (typo or "")
             node.pop(name, None) if delete else node.__setitem__(name, value)
     file = tmp_path_factory.getbasetemp() / "mutated.yaml"
-    file.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8", errors="surrogatepass")
+    file.write_text(
+        yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8", errors="surrogatepass"
+    )
     try:
         assert isinstance(load_config(file), Config)
     except UserError as error:
@@ -319,7 +363,9 @@ def test_a_mutated_configuration_is_valid_or_one_line(path, tmp_path_factory, ke
 
 
 @GENERATED
-@given(data=st.one_of(st.binary(max_size=300), st.text(max_size=300).map(lambda t: t.encode("utf-16"))))
+@given(
+    data=st.one_of(st.binary(max_size=300), st.text(max_size=300).map(lambda t: t.encode("utf-16")))
+)
 def test_any_bytes_as_a_configuration_are_valid_or_one_line(tmp_path_factory, data):
     file = tmp_path_factory.getbasetemp() / "bytes.yaml"
     file.write_bytes(data)
@@ -329,8 +375,14 @@ def test_any_bytes_as_a_configuration_are_valid_or_one_line(tmp_path_factory, da
 
 
 @GENERATED
-@given(text=st.one_of(st.text(max_size=40), st.tuples(st.sampled_from(PATHS), st.text(max_size=12)).map(
-    lambda pair: f"{'.'.join(pair[0])}={pair[1]}")))  # fmt: skip
+@given(
+    text=st.one_of(
+        st.text(max_size=40),
+        st.tuples(st.sampled_from(PATHS), st.text(max_size=12)).map(
+            lambda pair: f"{'.'.join(pair[0])}={pair[1]}"
+        ),
+    )
+)
 def test_any_text_as_an_override_is_valid_or_one_line(text):
     try:
         load_config(ROOT / "config.yaml", [text])
@@ -353,16 +405,26 @@ def corrupt(kind, path, rng):
             flipped[at] ^= int(rng.integers(1, 256))
         path.write_bytes(bytes(flipped))
     elif kind == "other format":
-        path.write_bytes(cv2.imencode(rng.choice([".jpg", ".bmp", ".webp", ".tiff"]), array)[1].tobytes())
+        path.write_bytes(
+            cv2.imencode(rng.choice([".jpg", ".bmp", ".webp", ".tiff"]), array)[1].tobytes()
+        )
     elif kind == "16 bit":
-        path.write_bytes(cv2.imencode(".png", array.astype(np.uint16) * int(rng.choice([1, 257])))[1].tobytes())
+        path.write_bytes(
+            cv2.imencode(".png", array.astype(np.uint16) * int(rng.choice([1, 257])))[1].tobytes()
+        )
     elif kind == "alpha":
         colour = array if array.ndim == 3 else cv2.cvtColor(array, cv2.COLOR_GRAY2BGR)
-        path.write_bytes(cv2.imencode(".png", cv2.cvtColor(colour, cv2.COLOR_BGR2BGRA))[1].tobytes())
+        path.write_bytes(
+            cv2.imencode(".png", cv2.cvtColor(colour, cv2.COLOR_BGR2BGRA))[1].tobytes()
+        )
     elif kind == "size":
-        path.write_bytes(cv2.imencode(".png", array[: rng.integers(1, 48), : rng.integers(1, 64)])[1].tobytes())
+        path.write_bytes(
+            cv2.imencode(".png", array[: rng.integers(1, 48), : rng.integers(1, 64)])[1].tobytes()
+        )
     elif kind == "values":
-        path.write_bytes(cv2.imencode(".png", rng.integers(0, 256, array.shape).astype(np.uint8))[1].tobytes())
+        path.write_bytes(
+            cv2.imencode(".png", rng.integers(0, 256, array.shape).astype(np.uint8))[1].tobytes()
+        )
     elif kind == "text":
         path.write_text("not an image")
     elif kind == "loop":
@@ -405,19 +467,25 @@ def test_a_corrupted_image_or_label_is_read_or_named(tmp_path, dataset, config):
             assert "\n" not in str(error)
             assert str(root) in str(error)
         shutil.rmtree(root)
-    assert all(refused[kind] for kind in ("truncated", "size", "values", "text", "loop", "directory")), refused
+    assert all(
+        refused[kind] for kind in ("truncated", "size", "values", "text", "loop", "directory")
+    ), refused
 
 
 def test_an_error_in_a_loader_process_is_one_line_too(dataset):
     """In the 300th of many images, which the checks before training leave out."""
     for i in range(6, 520):
         for part in ("images", "labels"):
-            (dataset / f"game/{part}/{i:05d}.png").symlink_to(dataset / f"game/{part}/{i % 6:05d}.png")
+            (dataset / f"game/{part}/{i:05d}.png").symlink_to(
+                dataset / f"game/{part}/{i % 6:05d}.png"
+            )
     checked = set(np.unique(np.linspace(0, 519, 256, dtype=int)).tolist())
     for i in set(range(6, 520)) - checked:
         (dataset / f"game/labels/{i:05d}.png").unlink()
         save(dataset / f"game/labels/{i:05d}.png", np.full((48, 64), 200, np.uint8))
-    code, _, err = finish(start("warmup", dataset, "warmup.crdomix=false", "warmup.steps=300", "workers=2"))
+    code, _, err = finish(
+        start("warmup", dataset, "warmup.crdomix=false", "warmup.steps=300", "workers=2")
+    )
     assert code == 2, err
     assert "the label value 200 has no class" in err
     assert len(err.strip().splitlines()) == 1, err
@@ -427,7 +495,7 @@ def test_an_error_in_a_loader_process_is_one_line_too(dataset):
 
 
 def test_the_check_counts_what_is_there(dataset, run, config):
-    code, out, err = run("datasets", "--check", "selftrain.diagnose=false")
+    code, out, err = run("tools.own_data", "--check", "selftrain.diagnose=false")
     assert code == 0, err
     assert [line for line in out.splitlines() if "images in" in line] == [
         f"source: 6 images in {dataset}/game/images",
@@ -439,21 +507,23 @@ def test_the_check_counts_what_is_there(dataset, run, config):
     labels = np.stack([picture(i)[1] for i in range(6)])
     for name, value in (("road", 7), ("car", 26), ("sky", 23), ("ignored", 0)):
         assert f"{name} {100 * (labels == value).mean():.2f}%" in out
-    sheet = images.read_image(dataset / "runs/test/contact_sheet_source.png")
+    sheet = read_image(dataset / "runs/test/contact_sheet_source.png")
     assert sheet.shape == (2 * 160 + 24, 3 * 2 * 213, 3)
     swatches = sheet[-12, 6 : 4 * 150 : 150].tolist()
     assert swatches == [*CLASSES.values(), [0, 0, 0]]
-    difference = sheet[:160, :213].astype(int) - images.resize(picture(0)[0], (160, 213))
+    difference = sheet[:160, :213].astype(int) - resize(picture(0)[0], (160, 213))
     assert np.abs(difference).max() == 0
 
 
 def test_the_check_finds_what_the_check_before_training_leaves_out(dataset, run):
     for i in range(6, 520):
         for part in ("images", "labels"):
-            (dataset / f"game/{part}/{i:05d}.png").symlink_to(dataset / f"game/{part}/{i % 6:05d}.png")
+            (dataset / f"game/{part}/{i:05d}.png").symlink_to(
+                dataset / f"game/{part}/{i % 6:05d}.png"
+            )
     unchecked = min(set(range(6, 520)) - set(np.linspace(0, 519, 256, dtype=int).tolist()))
     (dataset / f"game/images/{unchecked:05d}.png").unlink()
     (dataset / f"game/images/{unchecked:05d}.png").write_bytes(b"no image")
-    code, _, err = run("datasets", "--check")
+    code, _, err = run("tools.own_data", "--check")
     assert (code, len(err.strip().splitlines())) == (2, 1)
     assert f"{unchecked:05d}.png: is broken" in err

@@ -12,11 +12,9 @@ import torchvision
 from conftest import IDS, ROOT, SIZE, paletted_png, picture, save
 
 import datasets
-import images
 import models
-import translators
-from config import CITYSCAPES, classes, label_values, load_config
 from datasets import Images
+from settings import CITYSCAPES, classes, label_values, load_config
 
 CONFIGS = ROOT / "configs"
 SYNTHIA = {"road": 3, "car": 8, "sky": 1}
@@ -43,11 +41,16 @@ def world(dataset):
     for i in range(2):
         image, label = picture(50 + i)
         save(dataset / f"bdd/images/val/{i}.jpg", image)
-        save(dataset / f"bdd/labels/val/{i}_train_id.png", lookup({"road": 0, "car": 13, "sky": 10}, 255)[label])
+        save(
+            dataset / f"bdd/labels/val/{i}_train_id.png",
+            lookup({"road": 0, "car": 13, "sky": 10}, 255)[label],
+        )
         save(dataset / f"mapillary/validation/images/{i}.jpg", image)
         file = dataset / f"mapillary/validation/labels/{i}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(paletted_png(lookup(MAPILLARY, 65)[label], np.arange(66 * 3).reshape(66, 3)))
+        file.write_bytes(
+            paletted_png(lookup(MAPILLARY, 65)[label], np.arange(66 * 3).reshape(66, 3))
+        )
     return dataset
 
 
@@ -103,20 +106,34 @@ def test_the_numbers_of_the_settings(config, warmup, selftrain, more):
     assert cfg.target.sizes == [[512, 1024], [1024, 2048]]
     assert (cfg.min_scale, cfg.optimizer.momentum, cfg.optimizer.weight_decay) == (0.7, 0.9, 5e-4)
     if config in ("config.yaml", "configs/synthia_to_cityscapes.yaml"):
-        assert (cfg.optimizer.lr_backbone, cfg.optimizer.lr_head, cfg.optimizer.power) == (7.5e-4, 2.5e-3, 0.9)
+        assert (cfg.optimizer.lr_backbone, cfg.optimizer.lr_head, cfg.optimizer.power) == (
+            7.5e-4,
+            2.5e-3,
+            0.9,
+        )
 
 
 def test_synthia_from_translation_to_two_means(world, run):
-    cfg = ("--cfg", CONFIGS / "synthia_to_cityscapes.yaml", *small(world, f"source.root={world}/synthia"))
+    cfg = (
+        "--cfg",
+        CONFIGS / "synthia_to_cityscapes.yaml",
+        *small(world, f"source.root={world}/synthia"),
+    )
     for script in ("translate_cyclegan", "warmup", "selftrain", "evaluate"):
         out = ok(run(script, *cfg))
     assert "miou_13" in out
     ok(run("report", world / "runs/small"))
-    assert '<th scope="col">mIoU 13</th>' in (world / "runs/small/report.html").read_text(encoding="utf-8")
+    assert '<th scope="col">mIoU 13</th>' in (world / "runs/small/report.html").read_text(
+        encoding="utf-8"
+    )
     entry = results(world)["selftrain"]
     present = {name: iou for name, iou in entry["iou"].items() if iou is not None}
     assert len(entry["iou"]) == 16
-    assert entry["miou_16"] == entry["miou"] == pytest.approx(np.mean(list(present.values())), abs=2e-3)
+    assert (
+        entry["miou_16"]
+        == entry["miou"]
+        == pytest.approx(np.mean(list(present.values())), abs=2e-3)
+    )
     thirteen = [iou for name, iou in present.items() if name not in ("wall", "fence", "pole")]
     assert entry["miou_13"] == pytest.approx(np.mean(thirteen), abs=2e-3)
 
@@ -126,19 +143,29 @@ def test_the_same_pictures_train_the_same_network_in_either_layout(world, run):
     for layout, root, ids in (("gta5", "game", "cityscapes"), ("synthia", "synthia", "synthia")):
         source = [f"source.layout={layout}", f"source.root={world / root}", f"source.ids={ids}"]
         ok(run("warmup", f"name={layout}", "warmup.crdomix=false", *source))
-        trained[layout] = torch.load(world / f"runs/{layout}/warmup.pth", weights_only=True)["student"]
+        trained[layout] = torch.load(world / f"runs/{layout}/warmup.pth", weights_only=True)[
+            "student"
+        ]
     for name, value in trained["gta5"].items():
         assert torch.equal(value, trained["synthia"][name]), name
 
 
-def test_generalization_reads_nothing_of_a_target_and_is_scored_on_three_datasets(world, run, monkeypatch):
-    more = [f"source.root={world}/game", f"more_val.bdd100k.root={world}/bdd",
-            f"more_val.mapillary.root={world}/mapillary", "more_val.bdd100k.size=[48,64]",
-            "more_val.mapillary.size=[48,64]"]  # fmt: skip
+def test_generalization_reads_nothing_of_a_target_and_is_scored_on_three_datasets(
+    world, run, monkeypatch
+):
+    more = [
+        f"source.root={world}/game",
+        f"more_val.bdd100k.root={world}/bdd",
+        f"more_val.mapillary.root={world}/mapillary",
+        "more_val.bdd100k.size=[48,64]",
+        "more_val.mapillary.size=[48,64]",
+    ]
     cfg = ("--cfg", CONFIGS / "generalization.yaml", *small(world, *more))
     opened, read, iterate = [], images._read, datasets.list_images
     monkeypatch.setattr(images, "_read", lambda path: opened.append(path) or read(path))
-    monkeypatch.setattr(datasets, "list_images", lambda folder: opened.append(folder) or iterate(folder))
+    monkeypatch.setattr(
+        datasets, "list_images", lambda folder: opened.append(folder) or iterate(folder)
+    )
     ok(run("warmup", *cfg))
     assert opened
     assert all(Path(path).is_relative_to(world / "game") for path in opened)
@@ -146,13 +173,18 @@ def test_generalization_reads_nothing_of_a_target_and_is_scored_on_three_dataset
     ok(run("evaluate", *cfg))
     ok(run("report", world / "runs/small"))
     assert {name: entry["dataset"] for name, entry in results(world).items()} == {
-        "warmup": "val", "warmup_on_bdd100k": "bdd100k", "warmup_on_mapillary": "mapillary"}  # fmt: skip
+        "warmup": "val",
+        "warmup_on_bdd100k": "bdd100k",
+        "warmup_on_mapillary": "mapillary",
+    }
     # bdd100k and mapillary hold the same pictures, so the same scores must come from their own layouts and label values
     bdd, mapillary = results(world)["warmup_on_bdd100k"], results(world)["warmup_on_mapillary"]
     assert sum(iou is not None for iou in bdd["iou"].values()) >= 3
     cfg = load_config(CONFIGS / "generalization.yaml", cfg[2:])
     for i in range(2):
-        labels = [Images(cfg, f"more_val.{name}", True).label(i) for name in ("bdd100k", "mapillary")]
+        labels = [
+            Images(cfg, f"more_val.{name}", True).label(i) for name in ("bdd100k", "mapillary")
+        ]
         assert np.array_equal(*labels)
         assert np.array_equal(np.unique(labels[0]), [0, 10, 13, 255])
     assert (bdd["split"], mapillary["split"]) == ("val", "validation")
@@ -161,11 +193,17 @@ def test_generalization_reads_nothing_of_a_target_and_is_scored_on_three_dataset
 def test_semi_supervised_lists_part_labelled_and_unlabelled_images(world, run, monkeypatch):
     names = [f"a/a_{i}_leftImg8bit.png" for i in range(4)]
     # as they are published: from the dataset's root, followed by the label's path
-    (world / "labelled.txt").write_text("".join(f"leftImg8bit/train/{n} gtFine/train/{n}\n" for n in names[:1]))
+    (world / "labelled.txt").write_text(
+        "".join(f"leftImg8bit/train/{n} gtFine/train/{n}\n" for n in names[:1])
+    )
     (world / "unlabelled.txt").write_text("\n".join(names[1:]))
     for i in range(1, 4):
         (world / f"camera/gtFine/train/a/a_{i}_gtFine_labelIds.png").unlink()
-    more = [f"source.root={world}/camera", f"source.list={world}/labelled.txt", f"target.list={world}/unlabelled.txt"]
+    more = [
+        f"source.root={world}/camera",
+        f"source.list={world}/labelled.txt",
+        f"target.list={world}/unlabelled.txt",
+    ]
     cfg = ("--cfg", CONFIGS / "semi_supervised.yaml", *small(world, *more))
     for script in ("warmup", "selftrain", "evaluate"):
         ok(run(script, *cfg))
@@ -179,19 +217,35 @@ def test_semi_supervised_lists_part_labelled_and_unlabelled_images(world, run, m
 
 def test_the_auxiliary_loss_trains_the_auxiliary_classifier_alone_and_the_backbone(world, run):
     for weight in (0.1, 0.4):
-        overrides = small(world, f"source.root={world}/game", "warmup.crdomix=false", f"model.auxiliary={weight}")
+        overrides = small(
+            world, f"source.root={world}/game", "warmup.crdomix=false", f"model.auxiliary={weight}"
+        )
         ok(run("warmup", *overrides, f"name=a{weight}", "optimizer.lr_backbone=0.1"))
-    a, b = (torch.load(world / f"runs/a{w}/warmup.pth", weights_only=True)["student"] for w in (0.1, 0.4))
+    a, b = (
+        torch.load(world / f"runs/a{w}/warmup.pth", weights_only=True)["student"]
+        for w in (0.1, 0.4)
+    )
     assert not torch.equal(a["auxiliary.2.weight"], b["auxiliary.2.weight"])
     assert not torch.equal(a["backbone.features.0.0.weight"], b["backbone.features.0.0.weight"])
 
 
 def test_label_values_of_every_dataset_mean_the_same_class():
     names = list(CITYSCAPES)
-    tables = {ids: label_values(ids, names) for ids in ("cityscapes", "synthia", "mapillary", "train_ids", "index")}
-    for name, values in {"rider": (25, 17, 21, 12, 12), "pole": (17, 7, 47, 5, 5), "sky": (23, 1, 27, 10, 10)}.items():
-        assert {tables[ids][value] for ids, value in zip(tables, values, strict=True)} == {names.index(name)}
-    assert label_values("train_ids", ["sky", "road"]) == {k: {10: 0, 0: 1}.get(k, 255) for k in [*range(19), 255]}
+    tables = {
+        ids: label_values(ids, names)
+        for ids in ("cityscapes", "synthia", "mapillary", "train_ids", "index")
+    }
+    for name, values in {
+        "rider": (25, 17, 21, 12, 12),
+        "pole": (17, 7, 47, 5, 5),
+        "sky": (23, 1, 27, 10, 10),
+    }.items():
+        assert {tables[ids][value] for ids, value in zip(tables, values, strict=True)} == {
+            names.index(name)
+        }
+    assert label_values("train_ids", ["sky", "road"]) == {
+        k: {10: 0, 0: 1}.get(k, 255) for k in [*range(19), 255]
+    }
     assert len(tables["mapillary"]) == 66
     assert sum(k != 255 for k in tables["mapillary"].values()) == 25
 
@@ -214,19 +268,32 @@ def test_other_networks_train_and_train_themselves(world, run, config, network):
     (world / "all.txt").write_text("\n".join(f"a/a_{i}_leftImg8bit.png" for i in range(4)))
     more = [f"source.root={world}/game", "warmup.crdomix=false", "selftrain.crdomix=false"]
     if config == "semi_supervised.yaml":
-        more = [f"source.root={world}/camera", f"source.list={world}/all.txt", f"target.list={world}/all.txt"]
+        more = [
+            f"source.root={world}/camera",
+            f"source.list={world}/all.txt",
+            f"target.list={world}/all.txt",
+        ]
     cfg = ("--cfg", CONFIGS / config, *small(world, *more, "selftrain.rounds=1", network=network))
     for script in ("warmup", "selftrain", "evaluate"):
         ok(run(script, *cfg))
-    warmup, selftrain = (torch.load(world / f"runs/small/{s}.pth", weights_only=True) for s in ("warmup", "selftrain"))
-    part = next(key for key in warmup["student"] if key.startswith("backbone.") and key.endswith("weight"))
+    warmup, selftrain = (
+        torch.load(world / f"runs/small/{s}.pth", weights_only=True)
+        for s in ("warmup", "selftrain")
+    )
+    part = next(
+        key for key in warmup["student"] if key.startswith("backbone.") and key.endswith("weight")
+    )
     assert not torch.equal(warmup["student"][part], selftrain["student"][part])
     assert set(results(world)) == {"warmup", "selftrain"}
 
 
 def test_the_networks_that_the_configurations_name_are_built():
     pytest.importorskip("segmentation_models_pytorch")
-    for config, millions in (("segformer.yaml", 84), ("semi_supervised.yaml", 84), ("dinov3.yaml", 117)):
+    for config, millions in (
+        ("segformer.yaml", 84),
+        ("semi_supervised.yaml", 84),
+        ("dinov3.yaml", 117),
+    ):
         options = load_config(CONFIGS / config).model
         model = models.build_segmenter(num_classes=19, **options | {"weights": None}).eval()
         assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.1)
@@ -245,7 +312,9 @@ def test_a_teacher_is_not_random_and_a_network_without_batch_norm_is_not_recalib
     assert not torch.equal(model(images)[0], model(images)[0])  # dropout and stochastic depth
     before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
     models.recalibrate_batchnorm(model.backbone, [images])
-    assert all(torch.equal(before[name], value) for name, value in model.backbone.state_dict().items())
+    assert all(
+        torch.equal(before[name], value) for name, value in model.backbone.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize(
@@ -281,14 +350,28 @@ def test_the_authors_student_goes_through_the_command_line(world, run, tmp_path)
     sys.path.insert(0, str(ROOT / "tests/golden"))
     from authors_state_dict import authors_state_dict
 
-    torch.save(authors_state_dict(ROOT / "tests/golden/authors_student_keys.json"), tmp_path / "student.pth")
+    torch.save(
+        authors_state_dict(ROOT / "tests/golden/authors_student_keys.json"),
+        tmp_path / "student.pth",
+    )
     overrides = small(world, f"source.root={world}/game", network="deeplab_v2_resnet101")
-    ok(run("evaluate", "--cfg", ROOT / "config.yaml", "--weights", tmp_path / "student.pth", *overrides))
+    ok(
+        run(
+            "evaluate",
+            "--cfg",
+            ROOT / "config.yaml",
+            "--weights",
+            tmp_path / "student.pth",
+            *overrides,
+        )
+    )
     assert set(results(world)) == {"student"}
     state = authors_state_dict(ROOT / "tests/golden/authors_student_keys.json")
     state["layer9.0.weight"] = state.pop("layer1.0.conv2.weight")
     torch.save(state, tmp_path / "student.pth")
-    code, _, err = run("evaluate", "--cfg", ROOT / "config.yaml", "--weights", tmp_path / "student.pth", *overrides)
+    code, _, err = run(
+        "evaluate", "--cfg", ROOT / "config.yaml", "--weights", tmp_path / "student.pth", *overrides
+    )
     assert code == 2
     assert "lacks backbone.layer1.0.conv2.weight" in err
 
@@ -297,13 +380,22 @@ def test_backbones_in_the_old_deeplab_and_in_the_simclr_layout(tmp_path):
     torch.manual_seed(0)
     plain = torchvision.models.resnet50(weights=None).state_dict()
     torch.save(plain, tmp_path / "plain.pth")
-    torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in plain.items()}}, tmp_path / "simclr.pth")
-    old = {f"Scale.{k}": v for k, v in plain.items() if "num_batches" not in k and not k.startswith("fc.")}
+    torch.save(
+        {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in plain.items()}},
+        tmp_path / "simclr.pth",
+    )
+    old = {
+        f"Scale.{k}": v
+        for k, v in plain.items()
+        if "num_batches" not in k and not k.startswith("fc.")
+    }
     old["Scale.layer5.conv2d_list.0.weight"] = torch.zeros(19, 2048, 3, 3)
     torch.save(old, tmp_path / "old.pth")
     networks = {}
     for name in ("plain", "simclr", "old"):
-        networks[name] = models.build_segmenter("resnet50", 3, weights=str(tmp_path / f"{name}.pth")).eval()
+        networks[name] = models.build_segmenter(
+            "resnet50", 3, weights=str(tmp_path / f"{name}.pth")
+        ).eval()
     image = torch.rand(1, 3, 48, 64)
     bgr = image.flip(1) * 255 - torch.tensor(models.AUTHORS_BGR_MEAN)[:, None, None]
 
@@ -329,13 +421,17 @@ def test_the_authors_translator(world, run):
     generator = torch.Generator().manual_seed(0)
     files = {}
     for name, keys in shapes.items():
-        files[name] = {key: 0.05 * torch.randn(shape, generator=generator) for key, shape in keys.items()}
+        files[name] = {
+            key: 0.05 * torch.randn(shape, generator=generator) for key, shape in keys.items()
+        }
         torch.save(files[name], folder / f"{name}.pth")
 
     def conv(x, state, name, stride=1, norm=True, relu=True):
         weight = state[f"{name}.conv.weight"]
         pad = (weight.shape[-1] - 1) // 2
-        x = F.conv2d(F.pad(x, [pad] * 4, mode="reflect"), weight, state[f"{name}.conv.bias"], stride)
+        x = F.conv2d(
+            F.pad(x, [pad] * 4, mode="reflect"), weight, state[f"{name}.conv.bias"], stride
+        )
         x = F.instance_norm(x) if norm else x
         return x.relu() if relu else x
 
@@ -357,7 +453,7 @@ def test_the_authors_translator(world, run):
     expected = ((x * 128 + mean) / 255).clamp(0, 1).flip(1)
 
     with torch.no_grad():
-        ours = translators.load_generator(folder)(image)
+        ours = load_generator(folder)(image)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
     ok(run("translate_cyclegan", f"translation.weights={folder}"))
     written = images.read_image(world / "runs/test/translated/00002.png")

@@ -1,4 +1,4 @@
-"""A training step of each stage, as its command takes it, against the method written out pixel by pixel."""
+"""A training step of each stage, as its command takes it, against the method pixel by pixel."""
 
 import copy
 import json
@@ -10,29 +10,31 @@ import torch
 import torch.nn.functional as F
 
 import augment
-import engine
 import models
 from datasets import Crops, Images
-from images import read_image, read_label
+from engine.images import read_image, read_label
+from engine.run import Run
+from engine.signals import Stopped
 
+pytestmark = pytest.mark.core
 IGNORED = 255
 QUIET = ("bn_recalibrate=[]", "log_every=1", "save_every=1", "workers=0")
 
 
 def after_one_step(monkeypatch, run, script, *overrides):
-    """What the command saved after its first step, having been stopped in the second."""
-    steps, original = [], engine.Run.log
+    """Run a script's command, and stop it in its second step: it saves what the first one left."""
+    steps, original = [], Run.log
 
     def log(self, **figures):
         if "loss" in figures:
             steps.append(1)
         if len(steps) == 2:
-            raise engine.Stopped(signal.SIGINT)
+            raise Stopped(signal.SIGINT)
         original(self, **figures)
 
-    monkeypatch.setattr(engine.Run, "log", log)
+    monkeypatch.setattr(Run, "log", log)
     code, _, err = run(script, *QUIET, *overrides)
-    monkeypatch.setattr(engine.Run, "log", original)
+    monkeypatch.setattr(Run, "log", original)
     assert code == 130, err
 
 
@@ -90,7 +92,10 @@ def distillation(student_logits, teacher_logits, kappa):
 
 
 def compare(saved, student, loss, rates, weight_decay=5e-4):
-    """`saved` is `student` after a first step with momentum, whose buffer then is the gradient itself."""
+    """Assert that `saved` is `student` after a first step of `loss`.
+
+    After one step, the momentum's buffer is the gradient itself.
+    """
     loss.backward()
     for name, p in student.named_parameters():
         step = -rates[name.startswith("backbone.")] * (p.grad + weight_decay * p.detach())
@@ -104,32 +109,32 @@ def warmed_up(run):
 
 
 def views(cfg, stage, source, folder):
-    crops = Crops(
-        cfg,
-        stage,
-        "source",
-        source,
-        [1, 1],
-        2,
-        translated=lambda i: read_image(folder / "translated" / source.names[i]),
-    )
+    translated = lambda i: read_image(folder / "translated" / source.names[i])  # noqa: E731
+    crops = Crops(cfg, stage, "source", source, [1, 1], 2, translated=translated)
     samples = [crops[0], crops[1]]
     x_s, y_s, draws = (as_batch(samples, name) for name in ("image", "label", "draws"))
     strong = augment.strong_view(x_s, draws[:, :8], cfg[stage].strong)
-    x_cdm = [mixed(*views) for views in zip(strong, as_batch(samples, "translated"), y_s, draws[:, 8:264], strict=True)]
-    return x_s, y_s, draws, torch.stack(x_cdm)
+    translated = as_batch(samples, "translated")
+    pairs = zip(strong, translated, y_s, draws[:, 8:264], strict=True)
+    return x_s, y_s, draws, torch.stack([mixed(*pair) for pair in pairs])
 
 
 def test_a_warm_up_step(dataset, run, config, monkeypatch, warmed_up):
     folder = dataset / "runs/test"
     rates = ("optimizer.lr_backbone=0.01", "optimizer.lr_head=0.02")
-    options = ("name=one", f"translation.images={folder}/translated", "warmup.distill=0.7", "warmup.strong_to_weak=0.3")
+    options = (
+        "name=one",
+        f"translation.images={folder}/translated",
+        "warmup.distill=0.7",
+        "warmup.strong_to_weak=0.3",
+    )
     after_one_step(monkeypatch, run, "warmup", *options, *rates)
     saved = torch.load(dataset / "runs/one/warmup.unfinished.pth", weights_only=True)
 
     cfg = config(*options, *rates, *QUIET)
     torch.manual_seed(0)
-    student = models.build_segmenter(num_classes=3, **cfg.model).train().to(memory_format=torch.channels_last)
+    student = models.build_segmenter(num_classes=3, **cfg.model).train()
+    student = student.to(memory_format=torch.channels_last)
     teacher = teacher_of(student)
     x_s, y_s, _, x_cdm = views(cfg, "warmup", Images(cfg, "source", True), folder)
     x = torch.cat([x_s, x_cdm])
@@ -140,8 +145,8 @@ def test_a_warm_up_step(dataset, run, config, monkeypatch, warmed_up):
     ce, kd = supervised(logits[:2], y_s), distillation(logits, teacher_logits, 0.3)
     compare(saved["student"], student, ce + 0.7 * kd, {True: 0.01, False: 0.02})
     line = json.loads((dataset / "runs/one/log.jsonl").read_text().splitlines()[0])
-    assert (line["ce"], line["kd"]) == (pytest.approx(ce.item(), rel=1e-4), pytest.approx(kd.item(), rel=1e-4))
-    assert line["loss"] == pytest.approx((ce + 0.7 * kd).item(), rel=1e-4)
+    for name, value in {"ce": ce, "kd": kd, "loss": ce + 0.7 * kd}.items():
+        assert line[name] == pytest.approx(value.item(), rel=1e-4), name
 
 
 def class_means(features, predicted, labels):
@@ -161,12 +166,18 @@ def smaller(label, size):
 def test_a_self_training_step(dataset, run, config, monkeypatch, warmed_up):
     folder = dataset / "runs/test"
     rates = ("optimizer.lr_backbone=0.01", "optimizer.lr_head=0.02")
-    options = ("selftrain.rounds=1", "selftrain.centroids=target", "selftrain.momentum=0.1", "selftrain.distill=0.7")
+    options = (
+        "selftrain.rounds=1",
+        "selftrain.centroids=target",
+        "selftrain.momentum=0.1",
+        "selftrain.distill=0.7",
+    )
     after_one_step(monkeypatch, run, "selftrain", *options, *rates)
     saved = torch.load(folder / "selftrain.unfinished.pth", weights_only=True)
 
     cfg = config(*options, *rates, *QUIET)
-    student = models.load_segmenter(folder / "warmup.pth", cfg)[0].to(memory_format=torch.channels_last)
+    student = models.load_segmenter(folder / "warmup.pth", cfg)[0]
+    student = student.to(memory_format=torch.channels_last)
     source, target = Images(cfg, "source", True), Images(cfg, "target", False)
 
     # probability labels and first centroids, image by image
@@ -187,8 +198,8 @@ def test_a_self_training_step(dataset, run, config, monkeypatch, warmed_up):
     student.train()
     teacher = teacher_of(student)
     x_s, y_s, draws, x_cdm = views(cfg, "selftrain", source, folder)
-    crops = Crops(cfg, "selftrain", "target", target, [1, 1], 2,
-                  pseudo=lambda i: read_label(folder / "pseudo_labels/round1" / target.names[i]))  # fmt: skip
+    pseudo = lambda i: read_label(folder / "pseudo_labels/round1" / target.names[i])  # noqa: E731
+    crops = Crops(cfg, "selftrain", "target", target, [1, 1], 2, pseudo=pseudo)
     samples = [crops[0], crops[1]]
     x_t, y_p, target_draws = (as_batch(samples, name) for name in ("image", "pseudo", "draws"))
     with torch.no_grad():
@@ -204,7 +215,8 @@ def test_a_self_training_step(dataset, run, config, monkeypatch, warmed_up):
     seed("selftrain")
     logits = up(student(torch.cat([x_s, x_cdm, x_mix]))[0], y_s.shape[1:])
     ce, ce_mix = supervised(logits[:2], y_s), supervised(logits[4:], y_mix)
-    kd = distillation(logits[:4], up(teacher_logits[:4], y_s.shape[1:]), cfg.selftrain.strong_to_weak)
+    teacher_logits_up = up(teacher_logits[:4], y_s.shape[1:])
+    kd = distillation(logits[:4], teacher_logits_up, cfg.selftrain.strong_to_weak)
     loss = ce + ce_mix + 0.7 * kd
     line = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
     for name, value in {"ce": ce, "ce_mix": ce_mix, "kd": kd, "loss": loss}.items():
@@ -215,8 +227,8 @@ def test_a_self_training_step(dataset, run, config, monkeypatch, warmed_up):
     # centroids: the target's images first, then the mixed source's
     for first, labels in ((4, y_t), (2, y_s)):
         for b in range(2):
-            size = features.shape[-2:]
-            found = class_means(features[first + b], teacher_logits[first + b].argmax(0), smaller(labels[b], size))
-            for k, mean in found:
+            label = smaller(labels[b], features.shape[-2:])
+            predicted = teacher_logits[first + b].argmax(0)
+            for k, mean in class_means(features[first + b], predicted, label):
                 centroids[k] = 0.9 * centroids[k] + 0.1 * mean
     torch.testing.assert_close(saved["centroids"]["vectors"], centroids, rtol=1e-3, atol=1e-4)

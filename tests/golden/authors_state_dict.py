@@ -1,9 +1,7 @@
-"""Rebuild, from golden/authors_student_keys.json, a state dict with the exact key names and shapes of the
-checkpoint that the DiGA authors release (`student.pth`), filled with reproducible pseudo-random weights.
+"""A state dict with the keys and shapes of the checkpoint that the DiGA authors release.
 
-    sd = authors_state_dict("authors_student_keys.json")
-
-The values are drawn per key from numpy's legacy RandomState, so they are the same on every machine and version.
+authors_state_dict("authors_student_keys.json") has those of `student.pth`. The values are random,
+drawn for each key from numpy's legacy RandomState: the same on every machine and in every version.
 """
 
 import json
@@ -32,5 +30,6 @@ def authors_state_dict(keys_json, salt=""):
             value = rng.uniform(-0.1, 0.1, shape)
         else:  # conv and linear weights, He-scaled
             value = rng.standard_normal(shape) * np.sqrt(2.0 / np.prod(shape[1:]))
-        state[key] = torch.from_numpy(np.asarray(value, np.int64 if value.dtype == np.int64 else np.float32))
+        dtype = np.int64 if value.dtype == np.int64 else np.float32
+        state[key] = torch.from_numpy(np.asarray(value, dtype))
     return state

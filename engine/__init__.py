@@ -1,0 +1,1 @@
+"""What any training needs and is not part of the method."""

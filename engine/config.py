@@ -1,0 +1,222 @@
+"""Configurations: rules for values, reading YAML, merging with a base and overrides, checks.
+
+No key is known here: settings.py has the keys, as a schema of nested dicts whose leaves are rules.
+A rule is a pair: what is expected, in words; the test of a value.
+"""
+
+import difflib
+import functools
+import re
+from pathlib import Path
+
+import yaml
+
+
+class UserError(Exception):
+    """Invalid input: one line that names the file, key or value and says how to fix it."""
+
+
+class Config(dict):
+    """A nested dict whose keys are attributes as well."""
+
+    __getattr__ = dict.__getitem__
+
+
+def plain(config):
+    """Return a Config as nested plain dicts."""
+    return {k: plain(v) for k, v in config.items()} if isinstance(config, dict) else config
+
+
+# ---------------------------------------------------------------- rules
+
+
+def integer(low, high=10**9):
+    return f"an integer from {low} to {high}", lambda v: type(v) is int and low <= v <= high
+
+
+def number(low, high=1e6):
+    test = lambda v: type(v) in (int, float) and low <= v <= high  # noqa: E731
+    return f"a number from {low:g} to {high:g}", test
+
+
+def choice(*options):
+    test = lambda v: any(type(v) is type(option) and v == option for option in options)  # noqa: E731
+    return " | ".join(map(str, options)), test
+
+
+def multiple_of(step, low, high):
+    test = lambda v: type(v) is int and low <= v <= high and v % step == 0  # noqa: E731
+    return f"a multiple of {step} from {low} to {high}", test
+
+
+def sequence(rule, low=0, high=10**6):
+    words = f"{low}" if low == high else f"{low} or more"
+
+    def test(value):
+        return isinstance(value, list) and low <= len(value) <= high and all(map(rule[1], value))
+
+    return f"a list of {words}, each {rule[0]}", test
+
+
+def mapping(key, value, low=1):
+    def test(tree):
+        right = isinstance(tree, dict) and len(tree) >= low
+        return right and all(map(key[1], tree)) and all(map(value[1], tree.values()))
+
+    return f"a mapping from {key[0]} to {value[0]}", test
+
+
+def either(*rules):
+    return ", or ".join(words for words, _ in rules), lambda v: any(test(v) for _, test in rules)
+
+
+def pattern(words, expression):
+    return words, lambda v: isinstance(v, str) and re.fullmatch(expression, v) is not None
+
+
+NULL = choice(None)
+FLAG = choice(True, False)
+TEXT = ("text", lambda v: isinstance(v, str) and v == v.strip() != "" and v.isprintable())
+NAME = pattern("a name of letters, digits, - _ .", r"[\w.-]*\w")
+ANY = "*"  # as a key of a schema: any name
+
+
+# ---------------------------------------------------------------- reading and merging
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    """Safe YAML loader that reads 1e-4 as a number (YAML 1.2) and refuses duplicate keys."""
+
+    def construct_mapping(self, node, deep=False):
+        pairs = super().construct_mapping(node, deep=True)
+        if len(pairs) != len(node.value):
+            raise yaml.constructor.ConstructorError(None, None, "duplicate key", node.start_mark)
+        return pairs
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def read(path):
+    """Return the mapping in a YAML file. Raises UserError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        message = f"{path}: cannot be read as a configuration ({one_line(error)}); see --cfg"
+        raise UserError(message) from error
+    tree = _parse(text, path)
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a configuration maps keys to values; see config.yaml")
+    return tree
+
+
+def read_with_base(path, schema):
+    """Return a file's mapping on top of the file that its `base:` names. Raises UserError."""
+    tree = read(path)
+    if "base" not in tree:
+        return tree
+    base_path = Path(path).parent / str(tree.pop("base"))
+    base = read(base_path)
+    if "base" in base:
+        message = f"{base_path}: is the base of {path} and names a base itself; one level is read"
+        raise UserError(message)
+    return merge(base, tree, schema)
+
+
+def merge(base, over, schema):
+    """Return `over` on top of `base`; a mapping that the schema takes as one value is replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        rule = schema.get(key, schema.get(ANY))
+        nested = all(isinstance(x, dict) for x in (rule, value, merged.get(key)))
+        merged[key] = merge(merged[key], value, rule) if nested else value
+    return merged
+
+
+def override(tree, overrides, schema):
+    """Return `tree` with `key.sub=value` overrides on top. Raises UserError."""
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            example = "for instance warmup.steps=1000"
+            raise UserError(f"{one_line(text)}: an override has the form key.sub=value, {example}")
+        value = _parse(value, one_line(text))
+        nested = functools.reduce(lambda v, k: {k: v}, reversed(key.split(".")), value)
+        tree = merge(tree, nested, schema)
+    return tree
+
+
+def _parse(text, origin):
+    try:
+        return _Loader(text).get_single_data()
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{origin}: not valid YAML ({one_line(error)})") from error
+
+
+def one_line(value):
+    """Return a value's text on one line of at most 120 characters."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+# ---------------------------------------------------------------- checking
+
+
+def check(tree, schema, origin):
+    """Return the Config of a tree that fits the schema.
+
+    Raises UserError, which names the key, the value and what it must be, or the nearest valid key.
+    """
+    return _check(tree, schema, "", origin, schema)
+
+
+def _check(tree, schema, prefix, origin, whole):
+    if ANY in schema:
+        schema = {key if NAME[1](key) else ANY: schema[ANY] for key in tree}
+    for key, value in tree.items():
+        if key not in schema:
+            name = f"{prefix}{key}"
+            found = f"{one_line(name)} = {one_line(repr(value))}"
+            raise UserError(f"{origin}: unknown key {found}; the nearest is {nearest(name, whole)}")
+    checked = Config()
+    for key, rule in schema.items():
+        name = f"{prefix}{key}"
+        if key not in tree:
+            message = f"{origin}: the key {name} is missing; start from config.yaml with `base:`"
+            raise UserError(message)
+        found = f"{origin}: {name} = {one_line(repr(tree[key]))}"
+        if not isinstance(rule, dict):
+            if not rule[1](tree[key]):
+                raise UserError(f"{found} must be {rule[0]}")
+            checked[key] = tree[key]
+        elif not isinstance(tree[key], dict):
+            raise UserError(f"{found} must hold the keys {', '.join(rule)}")
+        else:
+            checked[key] = _check(tree[key], rule, f"{name}.", origin, whole)
+    return checked
+
+
+def nearest(name, schema):
+    """Return the key of the schema that is most like `name`, as key.sub."""
+
+    def keys(schema, prefix=""):
+        for key, rule in schema.items():
+            yield prefix + key
+            yield from keys(rule, f"{prefix}{key}.") if isinstance(rule, dict) else ()
+
+    def likeness(key):
+        whole = difflib.SequenceMatcher(None, name, key).ratio()
+        last = name.rsplit(".", 1)[-1], key.rsplit(".", 1)[-1]
+        return max(whole, 0.99 * difflib.SequenceMatcher(None, *last).ratio())
+
+    return max(keys(schema), key=likeness)
+
+
+def require(holds, origin, key, value, must):
+    """Raise UserError unless a condition between keys holds."""
+    if not holds:
+        raise UserError(f"{origin}: {key} = {one_line(repr(value))} must {must}")

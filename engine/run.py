@@ -1,0 +1,165 @@
+"""One stage at work in the folder of its run: where it writes, what it resumes, its steps."""
+
+import functools
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+from engine import checkpoints, device, folder, processes
+from engine.config import NAME, UserError, plain
+from engine.log import Log
+from engine.loop import steps
+from engine.processes import rank, world
+
+
+class Run:
+    """A stage, which leaves `{stage}.pth` in the folder output/name.
+
+    cfg: a checked configuration. section: the stage's own part of it. dtype: of autocast.
+    """
+
+    def __init__(self, cfg, stage, section):
+        if not NAME[1](stage):
+            raise UserError(f"--as {stage!r} must be {NAME[0]}")
+        self.cfg, self.stage, self.section = cfg, stage, section
+        self.folder = Path(cfg.output) / cfg.name
+        self.result = self.folder / f"{stage}.pth"
+        self.unfinished = self.folder / f"{stage}.unfinished.pth"
+        self.device = device.choose_device(cfg.device)
+        self.dtype = device.choose_dtype(cfg.precision, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.parts = world() * cfg.accumulate  # of a step's batch
+        self.gradient_means, self.figures = [], Log(self.folder, stage, self.device)
+        self.shows = None  # the number of steps done, in a step whose pictures are to be shown
+        torch.backends.cudnn.benchmark = True
+        torch.manual_seed(cfg.seed)
+        cv2.setNumThreads(1)
+
+    # ---------------------------------------------------------------- device and precision
+
+    def autocast(self):
+        """Return a context in which networks compute in the run's precision."""
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=enabled)
+
+    def place(self, module):
+        return device.place(module, self.device)
+
+    def fetch(self, batch):
+        return device.fetch(batch, self.device)
+
+    def compiled(self, network):
+        """Return the network for forward passes in the steps, compiled as cfg.compile says."""
+        return device.compiled(network, self.cfg.compile, self.device)
+
+    def parallel(self, network):
+        """Return the trained network for forward passes in the steps.
+
+        Its gradients are averaged over all processes. Other passes, and checkpoints, take the
+        network itself.
+        """
+        if world() > 1:
+            self.gradient_means.append(processes.GradientMean(network))
+        return self.compiled(network)
+
+    # ---------------------------------------------------------------- folder and checkpoints
+
+    def is_finished(self, force, inputs=()):
+        """Lock the run's folder; return whether the stage's result is there.
+
+        inputs: files of earlier stages that this one reads, where they exist. force: remove the
+        result and the unfinished checkpoint first. Raises UserError where either was made with
+        another configuration or other inputs, or where the folder is locked.
+        """
+        return processes.decided_by_first(lambda: self._is_finished(force, inputs))
+
+    def _is_finished(self, force, inputs):
+        folder.lock(self.folder, self.stage)
+        for left in self.folder.glob(f".{self.stage}.*.partial"):  # of a process that was killed
+            left.unlink(missing_ok=True)
+        inputs = [Path(path) for path in inputs]
+        self.inputs = {path.name: checkpoints.digest(path) for path in inputs if path.is_file()}
+        for path in (self.result, self.unfinished):
+            if force:
+                path.unlink(missing_ok=True)
+            elif path.exists():
+                checkpoints.require_same(path, self.cfg, self.section, self.inputs)
+        if self.result.exists():
+            print(f"{self.stage}: {self.result} is finished; --force makes it anew")
+        return self.result.exists()
+
+    def describe(self):
+        folder.describe(self.folder, self.cfg, self.device)
+
+    def resume(self, state):
+        """Load the unfinished checkpoint into `state`; return its number of steps.
+
+        state: name -> module, optimizer or scaler. Returns None without a checkpoint. Raises
+        UserError for a checkpoint that does not fit.
+        """
+        if not self.unfinished.exists():
+            return None
+        saved = checkpoints.restore(self.unfinished, state)
+        self.figures.overall = saved["overall"]
+        self.figures.began -= saved["seconds"]
+        return saved["step"]
+
+    def save(self, path, step, state, **more):
+        """Write a checkpoint of `state` after `step` steps."""
+        what = {"stage": self.stage, "step": step, "config": plain(self.cfg), "inputs": self.inputs}
+        checkpoints.save(path, state, **what, **more)
+
+    def save_unfinished(self, step, state):
+        """Write the checkpoint that the stage resumes from."""
+        more = {"overall": self.figures.overall, "seconds": self.figures.seconds()}
+        self.save(self.unfinished, step, state, **more)
+
+    def finish(self, steps, state):
+        """Write the stage's result and remove its unfinished checkpoint."""
+        self.save(self.result, steps, state)
+        processes.barrier()
+        if rank() == 0:
+            self.unfinished.unlink(missing_ok=True)
+        self.figures.finish(steps, self.result)
+
+    # ---------------------------------------------------------------- the loop
+
+    def steps(self, batches, first, total, state):
+        """Yield (step, parts) for each step from `first` to `total`.
+
+        Iterating over parts yields this process's parts of the step's batch, on the device; the
+        gradients are averaged once it ends. torch's generators are seeded for each part. Figures
+        are logged, and `state` is saved, at the configured intervals and when a signal arrives.
+        """
+        images, batches = batches.batch_size * self.parts, iter(batches)
+        save = functools.partial(self.save_unfinished, state=state)
+        for step in steps(self.cfg, self.figures, first, total, images, save):
+            shows = (step + 1) % self.cfg.pictures_every == 0 or step + 1 == total
+            self.shows = step + 1 if shows and rank() == 0 else None
+            self._seed(step, 0)
+            yield step, self._parts(step, batches)
+
+    def _parts(self, step, batches):
+        for k in range(self.cfg.accumulate):
+            self._seed(step, k * world() + rank())
+            if k + 1 == self.cfg.accumulate:
+                for mean in self.gradient_means:
+                    mean.begin()
+            yield self.fetch(next(batches))
+        for mean in self.gradient_means:
+            mean.finish()
+
+    def _seed(self, step, place):
+        """Seed torch by (seed, stage, step, place of the part in the batch) alone."""
+        sequence = np.random.SeedSequence([self.cfg.seed, *self.stage.encode(), step])
+        torch.manual_seed(int(sequence.generate_state(place + 1)[place]))
+
+    def log(self, **figures):
+        """Log scalars, or ratios as pairs (numerator, denominator); see Log.add."""
+        self.figures.add(**figures)
+
+    def show(self, colours, **pictures):
+        """Show sample pictures; call it where `shows` is set. See Log.show."""
+        self.figures.show(self.shows, colours, pictures)

@@ -1,0 +1,1 @@
+"""Commands that are run around the method: demo data, own data, report, benchmark, ablation."""

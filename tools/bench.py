@@ -1,0 +1,344 @@
+"""Time every stage against its bare networks, on made-up images of the configuration's sizes.
+
+    python -m tools.bench --cfg config.yaml          # on the device of the configuration
+    python -m tools.bench --cfg configs/demo.yaml --steps 30 --parts warmup,loader
+
+Both sides of a ratio take turns in one process. Prints the medians and writes them to bench.json.
+"""
+
+import functools
+import itertools
+import json
+import multiprocessing
+import re
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.tensorboard import SummaryWriter
+
+import selftrain
+import translate_cyclegan
+import warmup
+from datasets import Crops, Images, Whole, translated_images
+from engine.command import arguments, command
+from engine.config import UserError, plain
+from engine.files import write_text
+from engine.folder import environment, memory_gb
+from engine.images import write_image
+from engine.run import Run
+from losses import Centroids, upsample
+from metrics import at_scales, predictions
+from models import build_segmenter, ema_update, load_segmenter, make_teacher
+from settings import checked, classes, load_config
+from translate_cyclegan import Generator
+
+
+class Timed(Run):
+    """A run whose loop repeats its first batch `steps` + 2 times, and which writes no result.
+
+    networks(run, state) returns a function: the bare networks of a step. times: seconds of both.
+    """
+
+    def __init__(self, cfg, stage, section, steps, networks=None):
+        super().__init__(cfg, stage, section)
+        self.repeats, self.networks, self.times = steps, networks, ([], [])
+
+    def steps(self, batches, first, total, state):
+        self.state, batch = state, self.fetch(next(iter(batches)))
+        bare = self.networks(self, state) if self.networks else lambda: None
+        for step in range(self.repeats + 2):
+            started = now(self.device)
+            yield step, [batch]
+            between = now(self.device)
+            bare()
+            self.times[0].append(between - started)
+            self.times[1].append(now(self.device) - between)
+
+    def save(self, *_, **__):
+        pass
+
+    finish = save
+
+
+def main():
+    parser = arguments(__doc__)
+    add = parser.add_argument
+    add("--steps", type=int, default=10, help="repetitions of each measurement (%(default)s)")
+    add("--parts", default=PARTS, help="what to measure (%(default)s)")
+    add("--out", default="bench.json", help="the JSON file to write (%(default)s)")
+    args = parser.parse_intermixed_args()
+    asked = load_config(args.cfg, args.overrides)
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = load_config(args.cfg, [*args.overrides, *make_files(asked, folder)])
+        figures = {"cfg": args.cfg, **environment(Run(cfg, "bench", "evaluation").device)}
+        for part in args.parts.split(","):
+            if part not in MEASURES:
+                raise UserError(f"--parts {part}: there is no such part; choose from {PARTS}")
+            figures[part] = MEASURES[part](cfg, args.steps)
+            words = ", ".join(f"{key} {value:.4g}" for key, value in figures[part].items())
+            print(f"{part}: {words}", flush=True)
+    steps = {"warmup": asked.warmup.steps}
+    steps["selftrain"] = asked.selftrain.steps * asked.selftrain.rounds
+    hours = {s: figures[s]["seconds"] * n / 3600 for s, n in steps.items() if s in figures}
+    print("hours of training: " + ", ".join(f"{stage} {x:.3g}" for stage, x in hours.items()))
+    write_text(args.out, json.dumps(figures | {"hours": hours}, indent=1) + "\n")
+
+
+def make_files(cfg, folder, count=4):
+    """Write `count` random images and labels of each domain; return overrides that use them."""
+    rng, full = np.random.default_rng(0), cfg.target.sizes[-1]
+    sizes = {"source": cfg.source.sizes[-1], "target": full, "val": cfg.val.size or full}
+    for domain, size in sizes.items():
+        for i in range(count):
+            coarse = rng.integers(0, len(classes(cfg)), (12, 20)).astype(np.uint8)
+            label = cv2.resize(coarse, size[::-1], interpolation=cv2.INTER_NEAREST)
+            shades = cv2.resize(rng.integers(0, 256, (60, 100, 3)).astype(np.uint8), size[::-1])
+            image = cv2.add(shades, rng.integers(0, 12, (*size, 3)).astype(np.uint8))
+            write_image(f"{folder}/{domain}/images/{i}.png", image)
+            write_image(f"{folder}/{domain}/labels/{i}.png", label)
+    overrides = [f"output={folder}", f"translation.images={folder}/source/images"]
+    for domain in sizes:
+        keys = (f"root={folder}/{domain}", "layout=folder", "split=null", "ids=index", "list=null")
+        overrides += [f"{domain}.{key}" for key in keys]
+    run = "name=bench bn_images=1 val_every=0 workers=0 model.weights=null"
+    return [*overrides, *run.split(), "selftrain.diagnose=false", "selftrain.rounds=1"]
+
+
+def warmed_up(cfg):
+    """Return the path of a checkpoint of an untrained network, as a warm-up would leave it."""
+    run = Run(cfg, "warmup", "warmup")
+    run.is_finished(True)
+    student = build_segmenter(num_classes=len(classes(cfg)), **cfg.model)
+    run.save(run.result, 0, {"student": student})
+    return run.result
+
+
+def now(device):
+    """Return the time in seconds, once the device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def times(device, turns, *calls):
+    """Return a list of seconds for each of the functions, which are called in turns."""
+    seconds = [[] for _ in calls]
+    for _ in range(turns):
+        for call, kept in zip(calls, seconds, strict=True):
+            started = now(device)
+            call()
+            kept.append(now(device) - started)
+    return seconds
+
+
+def ratio(ours, bare, first=2):
+    """Return the medians of two lists of seconds and ours / bare, without the first turns."""
+    ours, bare = statistics.median(ours[first:]), statistics.median(bare[first:])
+    return {"seconds": ours, "bare": bare, "ratio": ours / bare}
+
+
+def alternate(device, steps, ours, bare):
+    """Return the ratio of two functions that are called in turns."""
+    return ratio(*times(device, steps + 2, ours, bare))
+
+
+def bare_step(views, run, state):
+    """Return the networks' part of a step: forward of both, backward of the student."""
+    student, teacher = run.compiled(state["student"]), run.compiled(state["teacher"])
+    images = torch.rand(views, 3, *run.cfg.crop, device=run.device)
+
+    def bare():
+        with torch.no_grad(), run.autocast():
+            teacher(images)
+        with run.autocast():
+            logits, *_ = student(images)
+        logits.backward(torch.ones_like(logits))
+        state["optimizer"].zero_grad()
+
+    return bare
+
+
+def bare_pass(run, model, whole, scales):
+    """Return a function that passes all images of a datasets.Whole through the model."""
+    images = [torch.from_numpy(sample["image"]).permute(2, 0, 1)[None] / 255 for sample in whole]
+    images = [x.to(run.device).contiguous(memory_format=torch.channels_last) for x in images]
+
+    @torch.no_grad()
+    def bare():
+        for image in images:
+            with run.autocast():
+                at_scales(model, image, scales)
+
+    return bare
+
+
+def train(run, *inputs):
+    """Run the loop of a Timed, a warm-up or a self-training, and return it."""
+    run.is_finished(True)
+    {"warmup": warmup, "selftrain": selftrain}[run.stage].train(run, *inputs)
+    return run
+
+
+def measure_warmup(cfg, steps):
+    bare = functools.partial(bare_step, 2 * sum(cfg.warmup.batch))
+    run = train(Timed(cfg, "warmup", "warmup", steps, bare))
+    return ratio(*run.times) | {"memory_gb": memory_gb(run.device)}
+
+
+def measure_selftrain(cfg, steps):
+    bare = functools.partial(bare_step, 3 * sum(cfg.selftrain.batch))
+    run = Timed(cfg, "selftrain", "selftrain", steps, bare)
+    train(run, warmed_up(cfg), run.folder / "pseudo_labels")
+    return ratio(*run.times) | {"memory_gb": memory_gb(run.device)}
+
+
+def measure_loader(cfg, steps):
+    """Time a training sample against decoding its files."""
+    source = Images(cfg, "source", labelled=True)
+    batch = [0] * (len(cfg.source.sizes) - 1) + [1]
+    beside = {"translated": translated_images(cfg, source)}
+    crops = Crops(cfg, "bench", "source", source, batch, 10**6, **beside)
+    ours, bare = itertools.count(), itertools.count()
+
+    def decode():
+        i = crops._index(next(bare))
+        image, label = str(source.folder / source.names[i]), str(source.label_paths[i])
+        cv2.imread(image)
+        cv2.imread(label, cv2.IMREAD_UNCHANGED)
+        cv2.imread(image)  # in the place of the translated image
+
+    return alternate(torch.device("cpu"), 5 * steps, lambda: crops[next(ours)], decode)
+
+
+def measure_evaluate(cfg, steps):
+    run = Run(cfg, "evaluate", "evaluation")
+    model = run.place(load_segmenter(warmed_up(cfg), cfg)[0]).eval()
+    whole, scales = Whole(Images(cfg, "val", labelled=True), cfg.val.size), cfg.evaluation.scales
+    bare = bare_pass(run, model, whole, scales)
+    return alternate(run.device, steps, lambda: [*predictions(run, model, whole, scales)], bare)
+
+
+def measure_pseudo_labels(cfg, steps):
+    run = Run(cfg, "selftrain", "selftrain")
+    model = run.place(load_segmenter(warmed_up(cfg), cfg)[0]).eval()
+    target = Images(cfg, "target", labelled=False)
+    centroids = Centroids(len(classes(cfg)), model.channels).to(run.device)
+    what = run, model, target, centroids, run.folder / "pseudo_labels"
+    bare = bare_pass(run, model, Whole(target, cfg.target.sizes[-1]), selftrain.SCALES)
+    return alternate(run.device, steps, lambda: [*selftrain.label_target(*what)], bare)
+
+
+def measure_translate(cfg, steps):
+    run = Run(cfg, "translator", "translation")
+    generator = run.place(Generator(cfg.translation.filters, cfg.translation.blocks))
+    source = Images(cfg, "source", labelled=False)
+    images = [torch.from_numpy(source.image(i)) for i in range(len(source))]
+    images = [x[: len(x) // 4 * 4].permute(2, 0, 1)[None].to(run.device) / 255 for x in images]
+    weights = run.folder / "translator.pth"
+    run.folder.mkdir(parents=True, exist_ok=True)
+
+    def ours():
+        weights.touch()  # newer than the translated images, so that all are written again
+        translate_cyclegan.write(run, generator, source, weights)
+
+    @torch.no_grad()
+    def bare():
+        with run.autocast():
+            for image in images:
+                generator(image)
+
+    return alternate(run.device, steps, ours, bare)
+
+
+def measure_teacher(cfg, steps):
+    """Time an update of the teacher."""
+    run = Run(cfg, "warmup", "warmup")
+    student = run.place(load_segmenter(warmed_up(cfg), cfg)[0])
+    teacher = make_teacher(student)
+    [update] = times(run.device, steps + 2, lambda: ema_update(teacher, student, 1000))
+    return {"seconds": statistics.median(update[2:])}
+
+
+def measure_checkpoint(cfg, steps):
+    """Time a checkpoint and sample pictures; their share of a warm-up at the set intervals."""
+    run = train(Timed(cfg, "warmup", "warmup", steps))
+    [save] = times(run.device, 3, lambda: Run.save(run, run.unfinished, 0, run.state))
+    one, device = (1, *cfg.crop), run.device
+    pictures = {f"image_{k}": torch.rand(1, 3, *cfg.crop, device=device) for k in range(4)}
+    pictures |= {f"labels_{k}": torch.randint(2, one, device=device) for k in range(3)}
+    run.shows = 1
+    with SummaryWriter(run.folder / "tensorboard") as run.figures.writer:
+        [show] = times(run.device, 3, lambda: run.show(classes(cfg), **pictures))
+    step, save, show = map(statistics.median, (run.times[0][2:], save, show))
+    figures = {"seconds": save, "share_percent": 100 * save / step / cfg.save_every}
+    return figures | {"pictures": show, "pictures_percent": 100 * show / step / cfg.pictures_every}
+
+
+def compare(ours, theirs, steps, blocks=3):
+    """Time warm-up steps of two configurations, in turns of `steps` steps each."""
+    runs = [Timed(cfg, "warmup", "warmup", steps) for cfg in (ours, theirs)]
+    for run in runs * blocks:
+        train(run)
+    taken = [[t for at, t in enumerate(run.times[0]) if at % (steps + 2) >= 2] for run in runs]
+    ours, theirs = map(statistics.median, taken)
+    return {"seconds": ours, "theirs": theirs, "ratio": ours / theirs}
+
+
+def measure_precision(cfg, steps):
+    """Time the configuration's precision against single precision."""
+    return compare(cfg, checked(cfg, ["precision=fp32"], "bench"), steps)
+
+
+def measure_classes(cfg, steps):
+    """Time 150 classes against 19."""
+    cfg = dict(cfg, evaluation=dict(cfg.evaluation, subsets={}))
+    colours = {n: {f"c{k}": [k, k, k] for k in range(n)} for n in (150, 19)}
+    cfgs = [checked(cfg | {"classes": colours[n]}, [], "bench") for n in colours]
+    return compare(*cfgs, steps)
+
+
+def measure_memory(cfg, steps):
+    """Return the peak in GiB of a warm-up, of one with plain losses, and of that in fp32."""
+    peaks = []
+    for plainly, precision in ((False, cfg.precision), (True, cfg.precision), (True, "fp32")):
+        tree = plain(cfg) | {"precision": precision, "name": "memory"}
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            peaks.append(pool.apply(_peak_gb, (tree, plainly)))
+    ours, theirs, single = peaks
+    figures = {"gb": ours, "plain_gb": theirs, "ratio": ours / theirs}
+    return figures | {"plain_fp32_gb": single, "fp32_ratio": ours / single}
+
+
+def _peak_gb(tree, plainly):
+
+    def supervised_loss(logits, labels):
+        logits = upsample(logits, labels.shape[-2:])
+        return F.cross_entropy(logits, labels, ignore_index=255, reduction="sum") / labels.numel()
+
+    def symmetric_distillation(student, teacher, strong_to_weak, size):
+        weak, strong = upsample(student, size).chunk(2)
+        weak_p, strong_p = upsample(teacher, size).softmax(1).chunk(2)
+        return F.cross_entropy(strong, weak_p) + strong_to_weak * F.cross_entropy(weak, strong_p)
+
+    if plainly:
+        warmup.supervised_loss = supervised_loss
+        warmup.symmetric_distillation = symmetric_distillation
+    run = train(Timed(checked(tree, [], "bench"), "warmup", "warmup", 2))
+    status = Path("/proc/self/status")
+    if run.device.type == "cuda" or not status.is_file():
+        return memory_gb(run.device)
+    # the peak of this process alone: getrusage's begins with the parent's, and psutil gives none
+    return int(re.search(r"VmHWM:\s+(\d+)", status.read_text(encoding="utf-8"))[1]) / 2**20
+
+
+MEASURES = {name[8:]: f for name, f in dict(globals()).items() if name.startswith("measure_")}
+PARTS = ",".join(MEASURES)
+
+if __name__ == "__main__":
+    command(main)
