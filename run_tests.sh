@@ -3,7 +3,8 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 . tools/env.sh
-# The scores are compared with cityscapesscripts'. What it requires is left out: PyPI's typing is part of it (see env.sh).
+# The scores are compared with those of cityscapesscripts. Its requirements stay out, for one of them
+# is PyPI's typing: see tools/env.sh.
 python -c "import cityscapesscripts" 2> /dev/null ||
   python -m pip install --quiet --disable-pip-version-check --no-deps cityscapesscripts==2.3.0
 ruff check .

@@ -22,8 +22,8 @@ def save(path, state, **more):
         write_atomically(path, lambda temporary: torch.save(saved, temporary))
 
 
-def restore(path, state):
-    """Load a checkpoint into the parts of `state`; return all that it holds.
+def restore(path, state, names):
+    """Load a checkpoint into the parts of `state`; return its other entries of these `names`.
 
     Raises UserError for a checkpoint that does not fit.
     """
@@ -31,11 +31,11 @@ def restore(path, state):
     try:
         for name, part in state.items():
             part.load_state_dict(saved[name])
+        return [saved[name] for name in names]
     except (KeyError, ValueError, RuntimeError) as error:  # what load_state_dict raises
         reason = " ".join(str(error).split())[:120]
         fault = f"does not fit this version of the code, or this device ({reason})"
         raise UserError(f"{path}: {fault}; remove it, and the stage begins anew") from error
-    return saved
 
 
 def require_same(path, cfg, section, inputs):

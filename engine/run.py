@@ -101,10 +101,10 @@ class Run:
         """
         if not self.unfinished.exists():
             return None
-        saved = checkpoints.restore(self.unfinished, state)
-        self.figures.overall = saved["overall"]
-        self.figures.began -= saved["seconds"]
-        return saved["step"]
+        names = ("overall", "seconds", "step")
+        self.figures.overall, seconds, step = checkpoints.restore(self.unfinished, state, names)
+        self.figures.began -= seconds
+        return step
 
     def save(self, path, step, state, **more):
         """Write a checkpoint of `state` after `step` steps."""

@@ -1,6 +1,7 @@
 """Small datasets in the real layouts, a configuration for them, and scripts run in this process."""
 
 import importlib
+import json
 import struct
 import sys
 import zlib
@@ -19,6 +20,10 @@ ROOT = Path(__file__).parent.parent
 SIZE = (48, 64)
 CLASSES = {"road": [128, 64, 128], "car": [0, 0, 142], "sky": [70, 130, 180]}
 IDS = {"road": 7, "car": 26, "sky": 23}
+# what makes of the warm-up the two stages that frame a result
+PLAIN = ("warmup.distill=0", "warmup.crdomix=false")
+SOURCE_ONLY = (*PLAIN, "bn_recalibrate=[source]")
+ORACLE = (*PLAIN, "warmup.labels_from=target", "bn_recalibrate=[target]")
 
 
 def paletted_png(indices, palette, depth=8):
@@ -62,6 +67,32 @@ def picture(seed, size=SIZE):
 def save(path, array):
     path.parent.mkdir(parents=True, exist_ok=True)
     assert cv2.imwrite(str(path), array[..., ::-1] if array.ndim == 3 else array)
+
+
+def ok(outcome):
+    """Return the stdout of `run`'s outcome, whose exit code must be 0."""
+    code, out, err = outcome
+    assert code == 0, err
+    return out
+
+
+def state(path):
+    return torch.load(path, weights_only=True)
+
+
+def same(a, b):
+    """Return whether two checkpoints are equal bit for bit, configuration and log included."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture
@@ -113,8 +144,8 @@ def run(dataset, monkeypatch, capsys):
     threads = torch.get_num_threads()
 
     def call(script, *arguments):
-        has_cfg = script == "tools.report" or "--cfg" in arguments or "--init" in arguments
-        cfg = [] if has_cfg else ["--cfg", str(dataset / "test.yaml")]
+        without = script == "tools.report" or (script == "tools.own_data" and "--init" in arguments)
+        cfg = [] if without or "--cfg" in arguments else ["--cfg", str(dataset / "test.yaml")]
         name = script.rpartition(".")[2]
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *cfg, *map(str, arguments)])
         capsys.readouterr()

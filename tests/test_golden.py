@@ -3,12 +3,12 @@
 Integers must be equal, floats equal to 1e-5 relative.
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from golden.authors_state_dict import authors_state_dict
 
 import augment
 import losses
@@ -133,9 +133,6 @@ def test_schedules():
 
 
 def test_the_authors_checkpoint_gives_the_authors_output(tmp_path):
-    sys.path.insert(0, str(GOLDEN))
-    from authors_state_dict import authors_state_dict
-
     data = golden("authors_network")
     state = models.from_authors(authors_state_dict(GOLDEN / "authors_student_keys.json"))
     model = models.build_segmenter("deeplab_v2_resnet101", 19).eval()

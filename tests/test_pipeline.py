@@ -1,4 +1,4 @@
-"""The commands, from files to files: all stages on small data, resuming, results, pictures, demo data."""
+"""The commands, from files to files, on small data: all stages, resuming, results, demo data."""
 
 import contextlib
 import itertools
@@ -14,41 +14,40 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, IDS, ROOT, SIZE, picture, save
-from torch import nn
+import torch.nn.functional as F
+from conftest import (
+    CLASSES,
+    IDS,
+    ORACLE,
+    ROOT,
+    SIZE,
+    SOURCE_ONLY,
+    log,
+    ok,
+    picture,
+    same,
+    save,
+    state,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import evaluate
 import losses
 import metrics
 import models
+from datasets import Crops, Images
+from engine.command import command
 from engine.images import read_image, read_label
+from engine.run import Run
+from engine.signals import Stopped
+from settings import load_config
+from tools import bench, make_demo_data
+from translate_cyclegan import Generator
+
+STAGES = ["source_only", "warmup", "selftrain_round1", "selftrain", "oracle"]
 
 
-def ok(outcome):
-    code, out, err = outcome
-    assert code == 0, err
-    return out
-
-
-def state(path):
-    return torch.load(path, weights_only=True)
-
-
-def same(a, b):
-    """Whether two checkpoints are equal bit for bit, their log totals and configurations included."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
-
-
-def log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
+@pytest.mark.core
 def test_all_stages_end_to_end(dataset, run, config, monkeypatch):
     folder = dataset / "runs/test"
     ok(run("translate_cyclegan"))
@@ -56,115 +55,33 @@ def test_all_stages_end_to_end(dataset, run, config, monkeypatch):
         assert read_image(folder / f"translated/{i:05d}.png").shape == (*SIZE, 3)
     assert not np.array_equal(read_image(folder / "translated/00000.png"), picture(0)[0])
 
-    ok(
-        run(
-            "warmup",
-            "--as",
-            "source_only",
-            "warmup.distill=0",
-            "warmup.crdomix=false",
-            "bn_recalibrate=[source]",
-        )
-    )
+    ok(run("warmup", "--as", "source_only", *SOURCE_ONLY))
     ok(run("warmup", "val_every=3"))
     ok(run("selftrain", "--init", "warmup.pth"))
-    oracle = (
-        "warmup.labels_from=target",
-        "warmup.distill=0",
-        "warmup.crdomix=false",
-        "bn_recalibrate=[target]",
-    )
-    ok(run("warmup", "--as", "oracle", *oracle))
+    ok(run("warmup", "--as", "oracle", *ORACLE))
     for number in (1, 2):
         for i in range(4):
             labels = read_label(folder / f"pseudo_labels/round{number}/a/a_{i}_leftImg8bit.png")
             assert labels.shape == SIZE
             assert labels.max() < 3
 
-    stages = ["source_only", "warmup", "selftrain_round1", "selftrain", "oracle"]
-    weights = [argument for stage in reversed(stages) for argument in ("--weights", f"{stage}.pth")]
+    weights = [argument for stage in reversed(STAGES) for argument in ("--weights", f"{stage}.pth")]
     out = ok(run("evaluate", *weights, "--ids", "evaluation.scales=[1.0, 0.5]"))
     results = json.loads((folder / "results.json").read_text())
-    assert list(results) == stages
+    assert list(results) == STAGES
     for stage, entry in results.items():
         assert list(entry["iou"]) == list(CLASSES)
-        assert entry["miou"] == pytest.approx(
-            np.mean([x for x in entry["iou"].values() if x is not None]), abs=2e-3
-        )
+        mean = np.mean([x for x in entry["iou"].values() if x is not None])
+        assert entry["miou"] == pytest.approx(mean, abs=2e-3)
         assert (entry["scales"], entry["weights"], entry["split"]) == ([1.0, 0.5], "last", "val")
-        assert f"{entry['miou']:.1f}" in next(
-            line for line in out.splitlines() if line.startswith(f"| {stage} ")
-        )
-
-    # pictures: colours of the classes, the image half seen through them; ids as the dataset has them
-    name = "b/b_4_leftImg8bit.png"
-    coloured, ids = (
-        read_image(folder / "predictions/warmup" / name),
-        read_label(folder / "ids/warmup" / name),
-    )
-    for label, colour in ((IDS[k], colour) for k, colour in CLASSES.items()):
-        assert (coloured[ids == label] == colour).all()
-    assert set(np.unique(ids)) <= set(IDS.values())
-    model = models.load_segmenter(folder / "warmup.pth", config())[0].eval()
-    image = (
-        torch.from_numpy(read_image(dataset / "camera/leftImg8bit/val" / name)).permute(2, 0, 1)[
-            None
-        ]
-        / 255
-    )
-    with torch.no_grad():
-        half = torch.nn.functional.interpolate(image, (24, 32), mode="bilinear", antialias=True)
-        logits = [
-            torch.nn.functional.interpolate(model(x)[0], SIZE, mode="bilinear", align_corners=True)
-            for x in (image, half)
-        ]
-    expected = np.array(list(CLASSES.values()))[torch.maximum(*logits).argmax(1)[0]]
-    assert (coloured == expected).all(2).mean() > 0.999
-    image = read_image(dataset / "camera/leftImg8bit/val" / name).astype(int)
-    overlay = read_image(folder / "overlays/warmup" / name).astype(int)
-    assert np.abs(overlay - (image + coloured) / 2).max() <= 1
-    assert read_image(folder / "comparison.png").shape[1] == 7 * (192 + 4)
-
-    # the same files through cityscapesscripts
-    from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as official
-
-    monkeypatch.setattr(np, "in1d", np.isin, raising=False)
-    official.args.evalInstLevelScore = official.args.JSONOutput = official.args.colorized = False
-    official.args.quiet, official.args.evalPixelAccuracy = True, False
-    truth = sorted(map(str, (dataset / "camera/gtFine/val").rglob("*.png")))
-    theirs = official.evaluateImgLists(
-        sorted(map(str, (folder / "ids/warmup").rglob("*.png"))), truth, official.args
-    )
+        row = next(line for line in out.splitlines() if line.startswith(f"| {stage} "))
+        assert f"{entry['miou']:.1f}" in row
+    check_pictures(dataset, folder, config())
+    theirs = cityscapes_scores(dataset, folder, monkeypatch)
     for name, iou in results["warmup"]["iou"].items():
-        assert iou / 100 == pytest.approx(theirs["classScores"][name], abs=1e-5)
+        assert iou / 100 == pytest.approx(theirs[name], abs=1e-5)
 
-    # the log: every term, and how good the pseudo-labels were
-    lines = [
-        line for line in log(folder) if line["stage"] == "selftrain" and "finished" not in line
-    ]
-    assert [line["step"] for line in lines] == [2, 4]
-    for line in lines:
-        assert {
-            "loss",
-            "ce",
-            "ce_mix",
-            "kd",
-            "kept",
-            "precision",
-            "probability_accuracy",
-            "images_per_second",
-            "memory_gb",
-            "lr",
-        } <= line.keys()
-        assert 0 <= line["kept"] <= 1
-    validations = [line for line in log(folder) if "val_miou_student" in line]
-    assert [line["step"] for line in validations] == [3, 6]
-    best = state(folder / "warmup_best_on_val.pth")
-    assert best["miou"] == pytest.approx(
-        max(line["val_miou_student"] for line in validations), abs=1e-3
-    )
-    assert json.loads((folder / "environment.json").read_text())["torch"] == torch.__version__
-    assert (folder / "tensorboard/warmup").is_dir()
+    best = check_log(folder)
     ok(run("evaluate", "--cfg", folder / "config.yaml", "--weights", "warmup_best_on_val.pth"))
     entry = json.loads((folder / "results.json").read_text())["warmup_best_on_val"]
     assert entry["weights"] == "best_on_val"
@@ -181,40 +98,74 @@ def test_all_stages_end_to_end(dataset, run, config, monkeypatch):
     assert (folder / "warmup.pth").stat().st_mtime_ns != before
 
 
+def check_pictures(dataset, folder, cfg):
+    """Predictions have the classes' colours, overlays half of the image, ids label values."""
+    name = "b/b_4_leftImg8bit.png"
+    coloured = read_image(folder / "predictions/warmup" / name)
+    ids = read_label(folder / "ids/warmup" / name)
+    for label, colour in ((IDS[k], colour) for k, colour in CLASSES.items()):
+        assert (coloured[ids == label] == colour).all()
+    assert set(np.unique(ids)) <= set(IDS.values())
+    model = models.load_segmenter(folder / "warmup.pth", cfg)[0].eval()
+    image = read_image(dataset / "camera/leftImg8bit/val" / name)
+    whole = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
+    half = F.interpolate(whole, (24, 32), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        logits = [losses.upsample(model(x)[0], SIZE) for x in (whole, half)]
+    expected = np.array(list(CLASSES.values()))[torch.maximum(*logits).argmax(1)[0]]
+    assert (coloured == expected).all(2).mean() > 0.999
+    overlay = read_image(folder / "overlays/warmup" / name).astype(int)
+    assert np.abs(overlay - (image.astype(int) + coloured) / 2).max() <= 1
+    assert read_image(folder / "comparison.png").shape[1] == 7 * (192 + 4)
+
+
+def cityscapes_scores(dataset, folder, monkeypatch):
+    """Return the IoU of each class according to cityscapesscripts, from the files in ids/."""
+    from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as official
+
+    monkeypatch.setattr(np, "in1d", np.isin, raising=False)
+    official.args.evalInstLevelScore = official.args.JSONOutput = official.args.colorized = False
+    official.args.quiet, official.args.evalPixelAccuracy = True, False
+    truth = sorted(map(str, (dataset / "camera/gtFine/val").rglob("*.png")))
+    predicted = sorted(map(str, (folder / "ids/warmup").rglob("*.png")))
+    return official.evaluateImgLists(predicted, truth, official.args)["classScores"]
+
+
+def check_log(folder):
+    """Every term is logged, and how good the pseudo-labels were; return the best on val."""
+    lines = [line for line in log(folder) if line["stage"] == "selftrain"]
+    lines = [line for line in lines if "finished" not in line]
+    assert [line["step"] for line in lines] == [2, 4]
+    figures = {"loss", "ce", "ce_mix", "kd", "kept", "precision", "probability_accuracy", "lr"}
+    figures |= {"images_per_second", "memory_gb"}
+    for line in lines:
+        assert figures <= line.keys()
+        assert 0 <= line["kept"] <= 1
+    validations = [line for line in log(folder) if "val_miou_student" in line]
+    assert [line["step"] for line in validations] == [3, 6]
+    best = state(folder / "warmup_best_on_val.pth")
+    highest = max(line["val_miou_student"] for line in validations)
+    assert best["miou"] == pytest.approx(highest, abs=1e-3)
+    assert json.loads((folder / "environment.json").read_text())["torch"] == torch.__version__
+    assert (folder / "tensorboard/warmup").is_dir()
+    return best
+
+
 def test_the_baseline_reads_no_target_and_no_translation(dataset, run):
     shutil.rmtree(dataset / "camera")
-    ok(
-        run(
-            "warmup",
-            "--as",
-            "source_only",
-            "warmup.distill=0",
-            "warmup.crdomix=false",
-            "bn_recalibrate=[source]",
-        )
-    )
+    ok(run("warmup", "--as", "source_only", *SOURCE_ONLY))
     assert [line["stage"] for line in log(dataset / "runs/test")] == ["source_only"] * 4
 
 
 def test_the_source_only_step_is_plain_supervised_training(dataset, run, config):
     """The whole command against a loop of a dozen lines."""
-    from datasets import Crops, Images
-    from models import poly_lr
-
-    overrides = (
-        "warmup.distill=0",
-        "warmup.crdomix=false",
-        "bn_recalibrate=[]",
-        "optimizer.lr_backbone=0.01",
-    )
+    overrides = ("warmup.distill=0", "warmup.crdomix=false", "bn_recalibrate=[]")
+    overrides += ("optimizer.lr_backbone=0.01",)
     ok(run("warmup", *overrides))
     cfg = config(*overrides)
     torch.manual_seed(cfg.seed)
-    model = (
-        models.build_segmenter(num_classes=3, **cfg.model)
-        .to(memory_format=torch.channels_last)
-        .train()
-    )
+    model = models.build_segmenter(num_classes=3, **cfg.model).train()
+    model = model.to(memory_format=torch.channels_last)
     groups = [
         {"params": model.backbone.parameters(), "lr": 0.01},
         {"params": model.head.parameters()},
@@ -225,7 +176,7 @@ def test_the_source_only_step_is_plain_supervised_training(dataset, run, config)
     crops = Crops(cfg, "warmup", "source", Images(cfg, "source", True), [1, 1], 6)
     for step in range(6):
         for group, rate in zip(optimizer.param_groups, base, strict=True):
-            group["lr"] = poly_lr(rate, step, 6, 0.9)
+            group["lr"] = models.poly_lr(rate, step, 6, 0.9)
         samples = [crops[2 * step], crops[2 * step + 1]]
         x = torch.stack([torch.from_numpy(s["image"]) for s in samples]).permute(0, 3, 1, 2) / 255
         y = torch.stack([torch.from_numpy(s["label"]) for s in samples]).long()
@@ -242,16 +193,14 @@ def test_the_source_only_step_is_plain_supervised_training(dataset, run, config)
 
 
 def interrupt(monkeypatch, step):
-    """Makes the loop stop, as a kill would, before it has done `step` more steps."""
-
+    """Stop the loop, as a kill would, before it has done `step` more steps; return the undoing."""
     fetch, count = Run.fetch, [0]
 
     def counted(self, batch):
-        if isinstance(batch, dict) and "draws" in (
-            batch if "image" in batch else next(iter(batch.values()))
-        ):
-            count[0] += 1
-            if count[0] > step:
+        if isinstance(batch, dict):
+            sample = batch if "image" in batch else next(iter(batch.values()))
+            count[0] += "draws" in sample
+            if "draws" in sample and count[0] > step:
                 raise Stopped(signal.SIGINT)
         return fetch(self, batch)
 
@@ -270,7 +219,7 @@ def test_a_stage_that_was_interrupted_ends_as_if_it_had_not_been(dataset, run, m
         shutil.copytree(first, second)
     ok(run(script))
     result = {"translate_cyclegan": "translator"}.get(script, script)
-    # 3 steps lie between two checkpoints; the centroids of self-training take 3 batches before its first step
+    # 3 steps lie between two checkpoints; the centroids of self-training take 3 batches before them
     for steps in (3, 1) if script != "selftrain" else (3 + 3, 1, 3 + 2):
         restore = interrupt(monkeypatch, steps)
         code, _, err = run(script, "name=again")
@@ -295,7 +244,7 @@ def test_the_seed_decides_everything(dataset, run):
 
 
 def test_translation_by_a_published_generator_or_elsewhere(dataset, run):
-    generator = translate_cyclegan.Generator(8, 2)
+    generator = Generator(8, 2)
     torch.save(generator.state_dict(), dataset / "latest_net_G_A.pth")
     out = ok(run("translate_cyclegan", f"translation.weights={dataset}/latest_net_G_A.pth"))
     assert "6 translated images" in out
@@ -331,17 +280,8 @@ def test_a_folder_of_images_without_labels(dataset, run):
     save(dataset / "photos/a.jpg", picture(7, (60, 90))[0])
     save(dataset / "photos/trip/b.png", picture(8, (90, 60))[0])
     weights = dataset / "runs/test/warmup.pth"
-    ok(
-        run(
-            "evaluate",
-            "--weights",
-            weights,
-            "--images",
-            dataset / "photos",
-            "--out",
-            dataset / "out",
-        )
-    )
+    given = ("--images", dataset / "photos", "--out", dataset / "out")
+    ok(run("evaluate", "--weights", weights, *given))
     for kind in ("predictions", "overlays", "ids"):
         assert cv2.imread(str(dataset / f"out/{kind}/warmup/a.png"), -1).shape[:2] == (60, 90)
         assert cv2.imread(str(dataset / f"out/{kind}/warmup/trip/b.png"), -1).shape[:2] == (90, 60)
@@ -351,9 +291,8 @@ def test_a_folder_of_images_without_labels(dataset, run):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_video_comes_back_with_every_frame(dataset, run, workers):
     ok(run("warmup", "warmup.crdomix=false"))
-    film = cv2.VideoWriter(
-        str(dataset / "drive.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 12, (96, 64)
-    )
+    codec = cv2.VideoWriter_fourcc(*"MJPG")
+    film = cv2.VideoWriter(str(dataset / "drive.avi"), codec, 12, (96, 64))
     for i in range(7):
         film.write(picture(i, (64, 96))[0][..., ::-1])
     film.release()
@@ -367,14 +306,15 @@ def test_a_video_comes_back_with_every_frame(dataset, run, workers):
         frames.append(frame[1][..., ::-1].astype(int))
     assert len(frames) == 7
 
-    # the frames as images give the overlays that the video holds, as far as its compression lets one see
+    # the frames as images have the overlays that the video holds, up to its compression
     source = cv2.VideoCapture(str(dataset / "drive.avi"))
     for i in range(7):
         save(dataset / f"frames/{i}.png", source.read()[1][..., ::-1])
     ok(run("evaluate", *given, "--images", dataset / "frames"))
     overlays = [read_image(out / f"overlays/warmup/{i}.png").astype(int) for i in range(7)]
     away = [[np.abs(frame - overlay).mean() for overlay in overlays] for frame in frames]
-    assert np.argmin(away, axis=1).tolist() == list(range(7)) and np.diag(away).max() < 8
+    assert np.argmin(away, axis=1).tolist() == list(range(7))
+    assert np.diag(away).max() < 8
 
     (dataset / "none.mp4").write_bytes(b"no video")
     code, _, err = run("evaluate", *given, "--images", dataset / "none.mp4")
@@ -406,24 +346,19 @@ def averaged(network, image, size, tops, lefts):
     for top in tops:
         for left in lefts:
             logits = network(image[..., top : top + size[0], left : left + size[1]])[0]
-            logits = torch.nn.functional.interpolate(
-                logits.float(), size, mode="bilinear", align_corners=True
-            )[0]
-            for i in range(size[0]):
-                for j in range(size[1]):
-                    kept[top + i][left + j].append(logits[:, i, j])
-    return torch.stack([torch.stack([torch.stack(x).mean(0) for x in row], 1) for row in kept], 1)[
-        None
-    ]
+            logits = F.interpolate(logits.float(), size, mode="bilinear", align_corners=True)[0]
+            for i, j in itertools.product(range(size[0]), range(size[1])):
+                kept[top + i][left + j].append(logits[:, i, j])
+    means = [torch.stack([torch.stack(x).mean(0) for x in row], 1) for row in kept]
+    return torch.stack(means, 1)[None]
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_a_sliding_window_is_the_mean_over_its_windows(precision):
     """A network of 64 channels in 32 groups, in channels-last, as training leaves it."""
     torch.manual_seed(0)
-    model = (
-        models.build_segmenter("resnet18", 8, 8, 64).eval().to(memory_format=torch.channels_last)
-    )
+    model = models.build_segmenter("resnet18", 8, 8, 64).eval()
+    model = model.to(memory_format=torch.channels_last)
     image = torch.rand(1, 3, 75, 130)
     with torch.no_grad(), torch.autocast("cpu", precision, enabled=precision != torch.float32):
         (ours,) = metrics.sliding_window(model, image, [64, 96])
@@ -431,11 +366,9 @@ def test_a_sliding_window_is_the_mean_over_its_windows(precision):
         assert torch.equal(metrics.sliding_window(model, image, [96, 160])[0], model(image)[0])
         expected = averaged(model, image, (64, 96), (0, 11), (0, 34))
         turned = averaged(model, image.transpose(2, 3), (96, 64), (0, 34), (0, 11))
-    tolerance = (
-        {"rtol": 1e-4, "atol": 1e-4} if precision == torch.float32 else {"rtol": 0.05, "atol": 0.05}
-    )
-    torch.testing.assert_close(ours, expected, **tolerance)
-    torch.testing.assert_close(portrait, turned, **tolerance)
+    tolerance = 1e-4 if precision == torch.float32 else 0.05
+    torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(portrait, turned, rtol=tolerance, atol=tolerance)
 
 
 def test_windows_cover_an_image_at_less_than_twice_its_pixels():
@@ -443,25 +376,16 @@ def test_windows_cover_an_image_at_less_than_twice_its_pixels():
         size, starts = metrics._windows(side, 512)
         assert size <= 512
         assert (starts[0], starts[-1] + size) == (0, side)
-        assert all(
-            before + size - after >= size // 4 - 1 for before, after in itertools.pairwise(starts)
-        )
+        shared = [before + size - after for before, after in itertools.pairwise(starts)]
+        assert all(pixels >= size // 4 - 1 for pixels in shared)
         assert len(starts) * size <= (4 / 3) * side + 32 * len(starts)
 
 
 def test_a_picture_larger_than_a_window_is_segmented_at_its_size(dataset, run):
     save(dataset / "photos/a.jpg", picture(7, (140, 210))[0])
     ok(run("warmup", "warmup.crdomix=false"))
-    given = (
-        "--weights",
-        "warmup.pth",
-        "--images",
-        dataset / "photos",
-        "--out",
-        dataset / "out",
-        "val.size=null",
-    )
-    ok(run("evaluate", *given, "evaluation.tile=[128, 128]"))
+    given = ("--weights", "warmup.pth", "--images", dataset / "photos", "--out", dataset / "out")
+    ok(run("evaluate", *given, "val.size=null", "evaluation.tile=[128, 128]"))
     assert read_image(dataset / "out/predictions/warmup/a.png").shape == (140, 210, 3)
 
 
@@ -480,16 +404,13 @@ def test_without_labels_to_score_with_the_target_is_pictured(dataset, run):
 
 def test_evaluation_takes_the_configuration_from_the_checkpoint(dataset, run, monkeypatch, capsys):
     """But not where to write: that is beside it."""
-    import evaluate
-
     ok(run("warmup", "warmup.crdomix=false"))
     saved = state(dataset / "runs/test/warmup.pth")
     saved["config"] |= {"output": str(dataset / "elsewhere"), "name": "other"}
     (dataset / "moved").mkdir()
     torch.save(saved, dataset / "moved/warmup.pth")
-    monkeypatch.setattr(
-        sys, "argv", ["evaluate.py", "--weights", str(dataset / "moved/warmup.pth")]
-    )
+    weights = str(dataset / "moved/warmup.pth")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--weights", weights])
     command(evaluate.main)
     assert "| warmup |" in capsys.readouterr().out
     assert (dataset / "moved/results.json").exists()
@@ -499,13 +420,10 @@ def test_evaluation_takes_the_configuration_from_the_checkpoint(dataset, run, mo
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (("--weights", "none.pth"), "none.pth: there is no such file"),
-        (("--weights", "test.yaml"), "test.yaml: not a file of tensors"),
-        (
-            ("--weights", "warmup.pth", "classes={road: [1, 1, 1], sky: [2, 2, 2]}"),
-            "trained for other classes",
-        ),
-        (("--weights", "warmup.pth", "device=cuda"), "no GPU"),
+        (["none.pth"], "none.pth: there is no such file"),
+        (["test.yaml"], "test.yaml: not a file of tensors"),
+        (["warmup.pth", "classes={road: [1, 1, 1], sky: [2, 2, 2]}"], "trained for other classes"),
+        (["warmup.pth", "device=cuda"], "no GPU"),
     ],
 )
 def test_evaluation_errors(dataset, run, arguments, part, monkeypatch):
@@ -513,7 +431,7 @@ def test_evaluation_errors(dataset, run, arguments, part, monkeypatch):
     if arguments[-1] == "device=cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     ok(run("warmup", "warmup.crdomix=false", "warmup.steps=1"))
-    code, _, err = run("evaluate", *arguments)
+    code, _, err = run("evaluate", "--weights", *arguments)
     assert code == 2
     assert part in err
     assert len(err.strip().splitlines()) == 1
@@ -522,23 +440,17 @@ def test_evaluation_errors(dataset, run, arguments, part, monkeypatch):
 def test_labels_without_a_class_to_score_are_named(dataset, run):
     """Before a score is written, and while training."""
     nothing = "val.ids={7: null, 23: null, 26: null, 0: null}"
+    fault = "val: no pixel of its labels belongs to a class; are val.ids right?"
     code, _, err = run("warmup", "warmup.crdomix=false", "val_every=2", nothing)
-    assert (code, err) == (
-        2,
-        "warmup.py: val: no pixel of its labels belongs to a class; are val.ids right?\n",
-    )
+    assert (code, err) == (2, f"warmup.py: {fault}\n")
     ok(run("warmup", "warmup.crdomix=false", "--force"))
     code, _, err = run("evaluate", nothing)
-    assert (code, err) == (
-        2,
-        "evaluate.py: val: no pixel of its labels belongs to a class; are val.ids right?\n",
-    )
+    assert (code, err) == (2, f"evaluate.py: {fault}\n")
     assert not (dataset / "runs/test/results.json").exists()
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_memory_that_is_not_enough_is_one_line(monkeypatch, capsys, device):
-
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     monkeypatch.setattr(sys, "argv", ["warmup.py"])
@@ -550,24 +462,9 @@ def test_memory_that_is_not_enough_is_one_line(monkeypatch, capsys, device):
 
 
 def test_a_backbone_with_a_rate_of_zero_stands_still(dataset, run):
-    ok(
-        run(
-            "warmup",
-            "warmup.crdomix=false",
-            "warmup.steps=1",
-            "name=one",
-            "optimizer.lr_backbone=0",
-        )
-    )
-    ok(
-        run(
-            "warmup",
-            "warmup.crdomix=false",
-            "warmup.steps=3",
-            "name=more",
-            "optimizer.lr_backbone=0",
-        )
-    )
+    for name, steps in (("one", 1), ("more", 3)):
+        options = ("warmup.crdomix=false", f"warmup.steps={steps}", f"name={name}")
+        ok(run("warmup", *options, "optimizer.lr_backbone=0"))
     one, more = (state(dataset / f"runs/{name}/warmup.pth")["student"] for name in ("one", "more"))
     for name, value in one.items():
         moved = not torch.equal(value, more[name])
@@ -581,23 +478,20 @@ def test_a_backbone_with_a_rate_of_zero_stands_still(dataset, run):
 def test_a_network_that_cannot_be_compiled_is_told_in_one_line(tmp_path, falls_back):
     """Without a C++ compiler, which PyTorch's own compiler needs."""
     script = f"""
-import torch, engine
+import torch
+from engine.command import command
+from engine.device import Compiled
 module, x = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Softmax(1)), torch.rand(2, 3)
 def main():
     for _ in range(2):
-        assert torch.equal(engine.Compiled(module, {falls_back})(x), module(x))
+        assert torch.equal(Compiled(module, {falls_back})(x), module(x))
 command(main)
 """
-    environment = {
-        "CXX": "no-such-compiler",
-        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    pipes = {"capture_output": True, "text": True, "cwd": ROOT}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=os.environ | environment, check=False, **pipes
-    )
-    message = "goes on without compilation" if falls_back else "set compile=false"
+    environment = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    environment = os.environ | environment | {"CUDA_VISIBLE_DEVICES": ""}
+    pipes = {"capture_output": True, "text": True, "cwd": ROOT, "env": environment}
+    done = subprocess.run([sys.executable, "-c", script], check=False, **pipes)
+    message = "training goes on without it" if falls_back else "set compile=false"
     lines = [line for line in done.stderr.splitlines() if message in line]
     assert (done.returncode, len(lines)) == (0 if falls_back else 2, 1), done.stderr
     assert "Traceback" not in done.stderr
@@ -613,27 +507,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_it(dataset, run):
     assert not (dataset / "runs/test/warmup.pth").exists()
 
 
+def shell(*arguments):
+    """Run a Python command line in the folder of the code."""
+    command_line = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
 def test_the_commands_as_a_user_types_them(dataset):
     """In processes of their own, with loader processes and the default precision."""
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-
-    def shell(*arguments):
-        return subprocess.run(
-            [sys.executable, *map(str, arguments)],
-            cwd=ROOT,
-            env=env,
-            capture_output=True,
-            text=True,
-        )
-
-    done = shell(
-        "warmup.py",
-        "--cfg",
-        dataset / "test.yaml",
-        "warmup.crdomix=false",
-        "workers=2",
-        "precision=auto",
-    )
+    options = ("warmup.crdomix=false", "workers=2", "precision=auto")
+    done = shell("warmup.py", "--cfg", dataset / "test.yaml", *options)
     assert done.returncode == 0, done.stderr
     assert "warmup: wrote" in done.stdout
     failed = shell("selftrain.py", "--cfg", dataset / "test.yaml", "--init", "nothing.pth")
@@ -641,31 +524,33 @@ def test_the_commands_as_a_user_types_them(dataset):
     assert len(failed.stderr.strip().splitlines()) == 1
 
 
-class NoWaiting(TorchDispatchMode):
-    """Refuses what a GPU's host would have to wait for: a value read back, a shape that data decide, a constant copied over."""
+@pytest.mark.parametrize("arguments", [("--init", "a", "b"), ("--check",), ()])
+def test_commands_that_have_moved_name_the_new_one(arguments):
+    done = shell("datasets.py", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert "python -m tools.own_data" in done.stderr
 
-    OPERATIONS = (
-        "lift_fresh",
-        "_local_scalar_dense",
-        "nonzero",
-        "masked_select",
-        "bincount",
-        "_unique2",
-        "equal",
-    )
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what a GPU's host would have to wait for.
+
+    A value that is read back, a shape that data decide, a constant that is copied to the GPU.
+    """
+
+    OPERATIONS = ("lift_fresh", "_local_scalar_dense", "nonzero", "masked_select")
+    OPERATIONS += ("bincount", "_unique2", "equal")
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         name = operation.overloadpacket.__name__
         indices = args[1] if name in ("index", "index_put", "index_put_") else ()
         assert name not in self.OPERATIONS, name
-        assert not any(i is not None and i.dtype == torch.bool for i in indices), (
-            f"{name} by a mask"
-        )
+        masks = [i for i in indices if i is not None and i.dtype == torch.bool]
+        assert not masks, f"{name} by a mask"
         return operation(*args, **(kwargs or {}))
 
 
 def test_no_step_waits_for_the_device(dataset, run, monkeypatch):
-
     steps = Run.steps
     watched = []
 
@@ -677,17 +562,13 @@ def test_no_step_waits_for_the_device(dataset, run, monkeypatch):
                 yield step, parts
 
     monkeypatch.setattr(Run, "steps", watch)
-    for options in (
-        ("name=ce",),
-        ("name=ohem", "supervised=ohem", "model.auxiliary=0.1", "optimizer.name=adamw"),
-    ):
+    ohem = ("name=ohem", "supervised=ohem", "model.auxiliary=0.1", "optimizer.name=adamw")
+    for options in (("name=ce",), ohem):
         options = (*options, "workers=1", "selftrain.rounds=1")
         for stage in ("warmup", "selftrain"):
             ok(run(stage, *options, f"translation.images={dataset}/game/images"))
-    assert watched == 2 * [
-        *(("warmup", n) for n in range(6)),
-        *(("selftrain", n) for n in range(4)),
-    ]
+    steps_of_both = [("warmup", n) for n in range(6)] + [("selftrain", n) for n in range(4)]
+    assert watched == 2 * steps_of_both
 
 
 @pytest.mark.skipif(
@@ -696,29 +577,18 @@ def test_no_step_waits_for_the_device(dataset, run, monkeypatch):
 )
 def test_compiled_networks_train_alike(dataset, run, monkeypatch):
     monkeypatch.setattr("torch._inductor.config.fallback_random", True)  # dropout as without
-    losses = []
+    found = []
     for wanted in ("false", "true"):
-        options = (
-            f"name=compile_{wanted}",
-            f"compile={wanted}",
-            "model.network=resnet18",
-            "warmup.crdomix=false",
-            "log_every=1",
-        )
+        options = (f"name=compile_{wanted}", f"compile={wanted}", "model.network=resnet18")
+        options += ("warmup.crdomix=false", "selftrain.crdomix=false", "log_every=1")
         ok(run("warmup", *options, "warmup.steps=2"))
         # from one network, and with labels that no rounding changes
-        options = (
-            *options,
-            "selftrain.rounds=1",
-            "selftrain.crdomix=false",
-            "selftrain.labels=probability",
-        )
+        options += ("selftrain.rounds=1", "selftrain.labels=probability")
         ok(run("selftrain", "--init", dataset / "runs/compile_false/warmup.pth", *options))
-        losses.append(
-            [line["loss"] for line in log(dataset / f"runs/compile_{wanted}") if "step" in line]
-        )
-    assert len(losses[0]) == 6
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+        lines = log(dataset / f"runs/compile_{wanted}")
+        found.append([line["loss"] for line in lines if "step" in line])
+    assert len(found[0]) == 6
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -730,10 +600,8 @@ def test_the_stages_on_a_gpu(run, precision):
 
 def test_every_part_of_the_bench_is_measured(dataset, run, monkeypatch):
     """At sizes at which its figures mean nothing."""
-    import bench
-
     monkeypatch.chdir(dataset)
-    out = ok(run("bench", "--steps", "1", "model.channels=32"))
+    out = ok(run("tools.bench", "--steps", "1", "model.channels=32"))
     figures = json.loads((dataset / "bench.json").read_text())
     for part in bench.PARTS.split(","):
         assert all(value > 0 for value in figures[part].values()), part
@@ -765,20 +633,13 @@ def test_demo_data_shows_every_class_in_every_split():
 
 
 def test_demo_data_in_the_real_layouts(tmp_path, monkeypatch, capsys):
-    from datasets import Images
-    from settings import load_config
-
     monkeypatch.setattr(make_demo_data, "SPLITS", {"game": 3, "train": 2, "val": 2})
-    roots = [
-        f"source.root={tmp_path}/game",
-        f"target.root={tmp_path}/camera",
-        f"val.root={tmp_path}/camera",
-    ]
-    monkeypatch.setattr(
-        sys, "argv", ["make_demo_data.py", "--cfg", str(ROOT / "configs/demo.yaml"), *roots]
-    )
+    roots = [f"{domain}.root={tmp_path}/camera" for domain in ("target", "val")]
+    roots.append(f"source.root={tmp_path}/game")
+    demo = ROOT / "configs/demo.yaml"
+    monkeypatch.setattr(sys, "argv", ["make_demo_data.py", "--cfg", str(demo), *roots])
     command(make_demo_data.main)
-    cfg = load_config(ROOT / "configs/demo.yaml", roots)
+    cfg = load_config(demo, roots)
     for domain, split, count in (("source", "game", 3), ("target", "train", 2), ("val", "val", 2)):
         images = Images(cfg, domain, labelled=True)
         assert len(images) == count

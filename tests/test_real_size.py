@@ -1,4 +1,4 @@
-"""Every shipped configuration at its own sizes, on the CPU, as a user runs it: LONG=1 and an hour.
+"""Every shipped configuration at its own sizes, on the CPU, as a user runs it: LONG=1 and hours.
 
 The other tests make each configuration small. What goes wrong at real sizes alone (memory, tiles,
 files of the real layouts) shows here, on two made-up files of each split and with one step a stage.
@@ -23,7 +23,7 @@ from engine.images import read_image, read_label
 from settings import CITYSCAPES, classes, load_config
 
 pytestmark = pytest.mark.skipif(
-    not os.environ.get("LONG"), reason="real sizes take an hour and 16 GB of memory: set LONG=1"
+    not os.environ.get("LONG"), reason="real sizes take hours and 16 GB of memory: set LONG=1"
 )
 
 # the demo makes data of its own size, and run_all.sh runs it as it is

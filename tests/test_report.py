@@ -1,4 +1,4 @@
-"""The report: every number in it against results.json and log.jsonl, and that it needs nothing but itself."""
+"""The report: its numbers against results.json and log.jsonl; it needs nothing but itself."""
 
 import json
 import os
@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import CLASSES, ROOT
-from test_pipeline import log, ok
+from conftest import CLASSES, ORACLE, ROOT, SOURCE_ONLY, log, ok, state
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine.images import read_image
 from tools.report import TITLES, read_log
@@ -54,22 +54,12 @@ def one(x):
 
 @pytest.fixture
 def finished(dataset, run):
-    """All stages, scored, at two steps between pictures: the run's folder."""
+    """All stages, with scores, and pictures of the warm-up at two steps: the run's folder."""
     ok(run("translate_cyclegan"))
-    plain = ("warmup.distill=0", "warmup.crdomix=false")
-    ok(run("warmup", "--as", "source_only", *plain, "bn_recalibrate=[source]"))
+    ok(run("warmup", "--as", "source_only", *SOURCE_ONLY))
     ok(run("warmup", "pictures_every=4"))
     ok(run("selftrain"))
-    ok(
-        run(
-            "warmup",
-            "--as",
-            "oracle",
-            "warmup.labels_from=target",
-            *plain,
-            "bn_recalibrate=[target]",
-        )
-    )
+    ok(run("warmup", "--as", "oracle", *ORACLE))
     ok(run("evaluate"))
     return dataset / "runs/test"
 
@@ -77,7 +67,39 @@ def finished(dataset, run):
 def test_every_number_is_that_of_the_results_and_the_log(finished, run):
     ok(run("tools.report", finished))
     page = Page(finished / "report.html")
-    results = json.loads((finished / "results.json").read_text())
+    check_scores(page, json.loads((finished / "results.json").read_text()))
+    check_stages(page, log(finished))
+    changed = {row[0]: row[2] for row in page.tables[3][1:]}
+    assert changed["warmup.steps"] == "6"
+    assert changed["crop"] == "[32, 40]"
+    assert "momentum" not in changed
+
+    # nothing but itself: no script, no address; the pictures are inside and described
+    text = (finished / "report.html").read_text(encoding="utf-8")
+    assert len(text) < 3e6
+    assert "<script" not in text
+    links = [a.get(key) for _, a in page.tags for key in ("src", "href", "xlink:href")]
+    assert all(re.match("data:|#", link) for link in links if link)
+    images = [a for tag, a in page.tags if tag == "img"]
+    assert len(images) == 2 * 6 + 3 + 4 + 7
+    assert all(a["src"].startswith("data:image/webp;base64,") and a["alt"] for a in images)
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+
+    # the pictures themselves: the consensus is where both judges agree
+    paths = (finished / "samples/selftrain").glob("*.png")
+    sample = {path.stem: read_image(path) for path in paths}
+    agree = (sample["probability_labels"] == sample["feature_labels"]).all(-1, keepdims=True)
+    expected = np.where(agree, sample["probability_labels"], 0)
+    np.testing.assert_array_equal(sample["pseudo_labels"], expected)
+    colours = {tuple(colour) for colour in sample["truth"].reshape(-1, 3).tolist()}
+    assert colours <= {*map(tuple, CLASSES.values()), (0, 0, 0)}
+    events = EventAccumulator(str(finished / "tensorboard/warmup"), {"images": 0}).Reload()
+    assert [image.step for image in events.Images("warmup/strong_view")] == [4, 6]
+
+
+def check_scores(page, results):
+    """The tables of scores and of classes are those of results.json."""
     low, high = results["source_only"]["miou"], results["oracle"]["miou"]
     head, *rows = page.tables["scores"]
     assert head == ["stage", "mIoU", "pixel accuracy", "teacher's mIoU", "gap closed"]
@@ -88,76 +110,30 @@ def test_every_number_is_that_of_the_results_and_the_log(finished, run):
         assert row == [TITLES.get(stage, stage), *figures, share]
 
     _, *rows = page.tables["classes"]
+    stages = ("source_only", "selftrain", "oracle")
     for name, row in zip(CLASSES, rows, strict=True):
-        old, new, oracle = (
-            results[stage]["iou"][name] for stage in ("source_only", "selftrain", "oracle")
-        )
+        old, new, oracle = (results[stage]["iou"][name] for stage in stages)
         mark = "▲" if new - old > 0.05 else "▼" if new - old < -0.05 else "="
         assert row == [name, one(old), one(new), f"{mark} {new - old:+.1f}", one(oracle)]
 
+
+def check_stages(page, lines):
+    """The table of stages, and what is told of the pseudo-labels, are those of log.jsonl."""
     _, *rows = page.tables["stages"]
-    lines = log(finished)
     assert len(rows) == 6
     for title, *row in rows:
         stage = next((stage for stage, words in TITLES.items() if words == title), title)
-        steps = [
-            line for line in lines if line["stage"] == stage and "step" in line and "loss" in line
-        ]
-        seconds = [
-            line["seconds"] for line in lines if line["stage"] == stage and "finished" in line
-        ]
-        memory = max(line["memory_gb"] for line in steps)
-        last = steps[-1]
-        assert row == [
-            str(last["step"]),
-            one(seconds[-1] / 60),
-            one(last["images_per_second"]),
-            f"{memory:.2f}",
-            f"{last['loss']:.3f}",
-        ]
+        own = [line for line in lines if line["stage"] == stage]
+        steps = [line for line in own if "step" in line and "loss" in line]
+        seconds = [line["seconds"] for line in own if "finished" in line][-1]
+        memory, last = max(line["memory_gb"] for line in steps), steps[-1]
+        expected = [str(last["step"]), one(seconds / 60), one(last["images_per_second"])]
+        assert row == [*expected, f"{memory:.2f}", f"{last['loss']:.3f}"]
     last = [line for line in lines if line["stage"] == "selftrain" and "step" in line][-1]
-    spoken = next(
-        a["aria-label"] for _, a in page.tags if "its precision" in a.get("aria-label", "")
-    )
+    labels = [a.get("aria-label", "") for _, a in page.tags]
+    spoken = next(label for label in labels if "its precision" in label)
     for key, words in (("kept", "kept by the consensus"), ("precision", "its precision")):
         assert f"{words} {100 * last[key]:.1f}%" in spoken
-    changed = {row[0]: row[2] for row in page.tables[3][1:]}
-    assert (
-        changed["warmup.steps"] == "6"
-        and changed["crop"] == "[32, 40]"
-        and "momentum" not in changed
-    )
-
-    # nothing but itself: no script, no address; the pictures are inside and described
-    text = (finished / "report.html").read_text(encoding="utf-8")
-    assert len(text) < 3e6 and "<script" not in text
-    assert all(
-        not a.get(key) or re.match("data:|#", a[key])
-        for _, a in page.tags
-        for key in ("src", "href", "xlink:href")
-    )
-    images = [a for tag, a in page.tags if tag == "img"]
-    assert len(images) == 2 * 6 + 3 + 4 + 7
-    assert all(a["src"].startswith("data:image/webp;base64,") and a["alt"] for a in images)
-    ids = [a["id"] for _, a in page.tags if "id" in a]
-    assert len(ids) == len(set(ids))
-
-    # the pictures themselves: the consensus is where both judges agree
-    sample = {
-        path.stem: read_image(path) for path in (finished / "samples/selftrain").glob("*.png")
-    }
-    agree = (sample["probability_labels"] == sample["feature_labels"]).all(-1, keepdims=True)
-    np.testing.assert_array_equal(
-        sample["pseudo_labels"], np.where(agree, sample["probability_labels"], 0)
-    )
-    assert {tuple(c) for c in sample["truth"].reshape(-1, 3).tolist()} <= {
-        *map(tuple, CLASSES.values()),
-        (0, 0, 0),
-    }
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(finished / "tensorboard/warmup"), {"images": 0}).Reload()
-    assert [image.step for image in events.Images("warmup/strong_view")] == [4, 6]
 
 
 def test_several_runs_with_mean_and_spread(finished, run):
@@ -174,11 +150,11 @@ def test_several_runs_with_mean_and_spread(finished, run):
     (folders[1] / "config.yaml").write_text(config.replace("seed: 0", "seed: 1"))
     ok(run("tools.report", *folders))
     page = Page(finished.parent / "comparison.html")
-    read = [
-        json.loads((folder / "results.json").read_text())["selftrain"]["miou"] for folder in folders
-    ]
+    results = [json.loads((folder / "results.json").read_text()) for folder in folders]
+    read = [entry["selftrain"]["miou"] for entry in results]
     row = next(row for row in page.tables[0] if row[0] == "self-training")
-    expected = f"{statistics.mean(read[:2]):.1f} ± {statistics.stdev(read[:2]):.1f}{one(read[0])} {one(read[1])} "
+    mean, spread = statistics.mean(read[:2]), statistics.stdev(read[:2])
+    expected = f"{mean:.1f} ± {spread:.1f}{one(read[0])} {one(read[1])} "
     assert row == ["self-training", expected, one(read[2])]
     assert page.tables[0][0] == ["stage", "test, other", "feature"]
     assert ["selftrain.labels", '"consensus"', '"feature"'] in page.tables[list(page.tables)[-1]]
@@ -194,21 +170,18 @@ def test_a_run_without_labels_to_score_with_has_pictures(dataset, run):
     ok(run("tools.report", dataset / "runs/test"))
     text = (dataset / "runs/test/report.html").read_text(encoding="utf-8")
     page = Page(dataset / "runs/test/report.html")
-    assert "scores" not in page.tables and sum(tag == "img" for tag, _ in page.tags) == 4 * 2 + 3
-    assert "<script" not in text and "&lt;script&gt;road" in text
+    assert "scores" not in page.tables
+    assert sum(tag == "img" for tag, _ in page.tags) == 4 * 2 + 3
+    assert "<script" not in text
+    assert "&lt;script&gt;road" in text
 
 
 def test_the_log_of_a_stage_that_went_on_or_began_anew(tmp_path):
-    lines = [
-        {"stage": "warmup", "step": step, "loss": loss}
-        for step, loss in ((2, 9.0), (4, 8.0), (6, 7.0), (4, 8.0))
-    ]
+    losses = ((2, 9.0), (4, 8.0), (6, 7.0), (4, 8.0))
+    lines = [{"stage": "warmup", "step": step, "loss": loss} for step, loss in losses]
+    validation = {"stage": "warmup", "step": 4, "val_miou_student": 1.0}
     path = tmp_path / "log.jsonl"
-    path.write_text(
-        "\n".join(
-            map(json.dumps, [*lines, {"stage": "warmup", "step": 4, "val_miou_student": 1.0}])
-        )
-    )
+    path.write_text("\n".join(map(json.dumps, [*lines, validation])))
     assert read_log(path) == {"warmup": ([lines[0], lines[3]], None)}
     ended = {"stage": "warmup", "finished": 6, "seconds": 1.0}
     path.write_text("\n".join(map(json.dumps, [*lines, ended])))
@@ -218,13 +191,14 @@ def test_the_log_of_a_stage_that_went_on_or_began_anew(tmp_path):
 
 def test_what_is_no_run(dataset, run):
     code, _, error = run("tools.report", dataset / "runs/nothing")
-    assert code == 2 and error.count("\n") == 1 and "runs/demo" in error
+    assert (code, error.count("\n")) == (2, 1)
+    assert "runs/demo" in error
 
 
 def test_a_run_of_a_version_with_fewer_keys(dataset, run):
     ok(run("warmup", "warmup.crdomix=false"))
     folder = dataset / "runs/test"
-    checkpoint = torch.load(folder / "warmup.pth", weights_only=True)
+    checkpoint = state(folder / "warmup.pth")
     config = yaml.safe_load((folder / "config.yaml").read_text())
     for old in (checkpoint["config"], config):
         del old["compile"], old["evaluation"]["tile"]
@@ -236,10 +210,13 @@ def test_a_run_of_a_version_with_fewer_keys(dataset, run):
 
 
 def test_the_same_results_give_the_same_chart_whatever_the_hashes():
-    code = "from tools.report import scores_chart; print(scores_chart({'source_only': {'miou': 30}, 'oracle': {'miou': 60}}))"
-    charts = {
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": seed}, text=True,
-                       capture_output=True, check=True).stdout
-        for seed in ("0", "1")
-    }  # fmt: skip
+    code = """
+from tools.report import scores_chart
+print(scores_chart({"source_only": {"miou": 30}, "oracle": {"miou": 60}}))
+"""
+    charts = set()
+    for seed in ("0", "1"):
+        env = os.environ | {"PYTHONHASHSEED": seed}
+        options = {"cwd": ROOT, "env": env, "text": True, "capture_output": True, "check": True}
+        charts.add(subprocess.run([sys.executable, "-c", code], **options).stdout)
     assert len(charts) == 1

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,20 +10,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import IDS, ROOT, SIZE, paletted_png, picture, save
+from conftest import IDS, ROOT, SIZE, ok, paletted_png, picture, save, state
+from golden.authors_state_dict import authors_state_dict
 
 import datasets
 import models
 from datasets import Images
+from engine import images
 from settings import CITYSCAPES, classes, label_values, load_config
+from translate_cyclegan import load_generator
 
 CONFIGS = ROOT / "configs"
 SYNTHIA = {"road": 3, "car": 8, "sky": 1}
+TRAIN_IDS = {"road": 0, "car": 13, "sky": 10}
 MAPILLARY = {"road": 13, "car": 55, "sky": 27}
 
 
 def lookup(ids, ignored):
-    """Cityscapes' label values as another dataset's."""
+    """Return the table from Cityscapes' label values to another dataset's."""
     table = np.full(256, ignored, np.uint8)
     for name, value in IDS.items():
         table[value] = ids[name]
@@ -41,28 +46,25 @@ def world(dataset):
     for i in range(2):
         image, label = picture(50 + i)
         save(dataset / f"bdd/images/val/{i}.jpg", image)
-        save(
-            dataset / f"bdd/labels/val/{i}_train_id.png",
-            lookup({"road": 0, "car": 13, "sky": 10}, 255)[label],
-        )
+        save(dataset / f"bdd/labels/val/{i}_train_id.png", lookup(TRAIN_IDS, 255)[label])
         save(dataset / f"mapillary/validation/images/{i}.jpg", image)
         file = dataset / f"mapillary/validation/labels/{i}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(
-            paletted_png(lookup(MAPILLARY, 65)[label], np.arange(66 * 3).reshape(66, 3))
-        )
+        palette = np.arange(66 * 3).reshape(66, 3)
+        file.write_bytes(paletted_png(lookup(MAPILLARY, 65)[label], palette))
     return dataset
 
 
 def small(world, *more, network="mobilenet_v2"):
-    """Overrides that make of any shipped configuration a run of seconds on the small datasets."""
+    """Return overrides with which any shipped configuration runs in seconds on `world`."""
     return [
-        "device=cpu", "precision=fp32", "workers=0", f"output={world}/runs", "name=small", "crop=[32,48]",
-        "source.sizes=[[40,56],[48,64]]", "target.sizes=[[40,56],[48,64]]", "val.size=[48,64]",
-        f"target.root={world}/camera", f"val.root={world}/camera",
+        "device=cpu", "precision=fp32", "workers=0", f"output={world}/runs", "name=small",
+        "crop=[32,48]", "source.sizes=[[40,56],[48,64]]", "target.sizes=[[40,56],[48,64]]",
+        "val.size=[48,64]", f"target.root={world}/camera", f"val.root={world}/camera",
         f"model.network={network}", "model.weights=null", "model.channels=32", "bn_images=4",
-        "translation.steps=2", "translation.crop=[32,32]", "translation.filters=4", "translation.blocks=1",
-        "warmup.steps=2", "selftrain.steps=2", "log_every=1", "optimizer.warmup=1", *more,
+        "translation.steps=2", "translation.crop=[32,32]", "translation.filters=4",
+        "translation.blocks=1", "warmup.steps=2", "selftrain.steps=2", "log_every=1",
+        "optimizer.warmup=1", *more,
     ]  # fmt: skip
 
 
@@ -70,31 +72,39 @@ def results(world):
     return json.loads((world / "runs/small/results.json").read_text())
 
 
-def ok(outcome):
-    code, out, err = outcome
-    assert code == 0, err
-    return out
-
-
 # ---------------------------------------------------------------- the authors' settings
 
 
-@pytest.mark.parametrize(
-    ("config", "warmup", "selftrain", "more"),
-    [
-        ("config.yaml", (80000, [1, 2], 0.5, 0.4, 0.5), (80000, [2, 1], 0.25, 0.3, 0.5),
-         {"crop": [512, 896], "supervised": "ce", "source.sizes": [[720, 1280], [1052, 1914]], "classes": 19}),
-        ("configs/synthia_to_cityscapes.yaml", (60000, [1, 3], 0.25, 0.4, 0.25), (80000, [1, 2], 0.25, 0.3, 0.25),
-         {"crop": [512, 896], "supervised": "ohem", "source.sizes": [[760, 1280], [1140, 1920]], "classes": 16}),
-        ("configs/generalization.yaml", (80000, [2, 2], 0.5, 0.4, 0.5), None,
-         {"crop": [512, 896], "supervised": "ce", "bn_recalibrate": ["source"], "stages": ["warmup"]}),
-        ("configs/semi_supervised.yaml", (80000, [1, 2], 0.5, 0.4, 0.5), (80000, [1, 2], 0.5, 0.4, 0.5),
-         {"crop": [512, 1024], "supervised": "ce", "model.auxiliary": 0.1, "optimizer.lr_backbone": 1e-3,
-          "optimizer.power": 1.0, "warmup.crdomix": False, "selftrain.crdomix": False}),
-    ],
-)  # fmt: skip
-def test_the_numbers_of_the_settings(config, warmup, selftrain, more):
+# configuration: steps, batch, distill, strong and strong_to_weak of each stage; other keys
+SETTINGS = {
+    "config.yaml": (
+        (80000, [1, 2], 0.5, 0.4, 0.5), (80000, [2, 1], 0.25, 0.3, 0.5),
+        {"crop": [512, 896], "supervised": "ce", "source.sizes": [[720, 1280], [1052, 1914]],
+         "classes": 19},
+    ),
+    "configs/synthia_to_cityscapes.yaml": (
+        (60000, [1, 3], 0.25, 0.4, 0.25), (80000, [1, 2], 0.25, 0.3, 0.25),
+        {"crop": [512, 896], "supervised": "ohem", "source.sizes": [[760, 1280], [1140, 1920]],
+         "classes": 16},
+    ),
+    "configs/generalization.yaml": (
+        (80000, [2, 2], 0.5, 0.4, 0.5), None,
+        {"crop": [512, 896], "supervised": "ce", "bn_recalibrate": ["source"],
+         "stages": ["warmup"]},
+    ),
+    "configs/semi_supervised.yaml": (
+        (80000, [1, 2], 0.5, 0.4, 0.5), (80000, [1, 2], 0.5, 0.4, 0.5),
+        {"crop": [512, 1024], "supervised": "ce", "model.auxiliary": 0.1,
+         "optimizer.lr_backbone": 1e-3, "optimizer.power": 1.0, "warmup.crdomix": False,
+         "selftrain.crdomix": False},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", SETTINGS)
+def test_the_numbers_of_the_settings(config):
     cfg = load_config(ROOT / config)
+    warmup, selftrain, more = SETTINGS[config]
     for section, numbers in ((cfg.warmup, warmup), (cfg.selftrain, selftrain)):
         keys = ("steps", "batch", "distill", "strong", "strong_to_weak")
         assert numbers is None or tuple(section[key] for key in keys) == numbers
@@ -106,34 +116,24 @@ def test_the_numbers_of_the_settings(config, warmup, selftrain, more):
     assert cfg.target.sizes == [[512, 1024], [1024, 2048]]
     assert (cfg.min_scale, cfg.optimizer.momentum, cfg.optimizer.weight_decay) == (0.7, 0.9, 5e-4)
     if config in ("config.yaml", "configs/synthia_to_cityscapes.yaml"):
-        assert (cfg.optimizer.lr_backbone, cfg.optimizer.lr_head, cfg.optimizer.power) == (
-            7.5e-4,
-            2.5e-3,
-            0.9,
-        )
+        rates = (cfg.optimizer.lr_backbone, cfg.optimizer.lr_head, cfg.optimizer.power)
+        assert rates == (7.5e-4, 2.5e-3, 0.9)
 
 
 def test_synthia_from_translation_to_two_means(world, run):
-    cfg = (
-        "--cfg",
-        CONFIGS / "synthia_to_cityscapes.yaml",
-        *small(world, f"source.root={world}/synthia"),
-    )
+    overrides = small(world, f"source.root={world}/synthia")
+    cfg = ("--cfg", CONFIGS / "synthia_to_cityscapes.yaml", *overrides)
     for script in ("translate_cyclegan", "warmup", "selftrain", "evaluate"):
         out = ok(run(script, *cfg))
     assert "miou_13" in out
-    ok(run("report", world / "runs/small"))
-    assert '<th scope="col">mIoU 13</th>' in (world / "runs/small/report.html").read_text(
-        encoding="utf-8"
-    )
+    ok(run("tools.report", world / "runs/small"))
+    page = (world / "runs/small/report.html").read_text(encoding="utf-8")
+    assert '<th scope="col">mIoU 13</th>' in page
     entry = results(world)["selftrain"]
     present = {name: iou for name, iou in entry["iou"].items() if iou is not None}
     assert len(entry["iou"]) == 16
-    assert (
-        entry["miou_16"]
-        == entry["miou"]
-        == pytest.approx(np.mean(list(present.values())), abs=2e-3)
-    )
+    assert entry["miou_16"] == entry["miou"]
+    assert entry["miou"] == pytest.approx(np.mean(list(present.values())), abs=2e-3)
     thirteen = [iou for name, iou in present.items() if name not in ("wall", "fence", "pole")]
     assert entry["miou_13"] == pytest.approx(np.mean(thirteen), abs=2e-3)
 
@@ -143,9 +143,7 @@ def test_the_same_pictures_train_the_same_network_in_either_layout(world, run):
     for layout, root, ids in (("gta5", "game", "cityscapes"), ("synthia", "synthia", "synthia")):
         source = [f"source.layout={layout}", f"source.root={world / root}", f"source.ids={ids}"]
         ok(run("warmup", f"name={layout}", "warmup.crdomix=false", *source))
-        trained[layout] = torch.load(world / f"runs/{layout}/warmup.pth", weights_only=True)[
-            "student"
-        ]
+        trained[layout] = state(world / f"runs/{layout}/warmup.pth")["student"]
     for name, value in trained["gta5"].items():
         assert torch.equal(value, trained["synthia"][name]), name
 
@@ -153,38 +151,32 @@ def test_the_same_pictures_train_the_same_network_in_either_layout(world, run):
 def test_generalization_reads_nothing_of_a_target_and_is_scored_on_three_datasets(
     world, run, monkeypatch
 ):
-    more = [
-        f"source.root={world}/game",
-        f"more_val.bdd100k.root={world}/bdd",
-        f"more_val.mapillary.root={world}/mapillary",
-        "more_val.bdd100k.size=[48,64]",
-        "more_val.mapillary.size=[48,64]",
-    ]
+    more = [f"more_val.bdd100k.root={world}/bdd", f"more_val.mapillary.root={world}/mapillary"]
+    more += [f"more_val.{name}.size=[48,64]" for name in ("bdd100k", "mapillary")]
+    more.append(f"source.root={world}/game")
     cfg = ("--cfg", CONFIGS / "generalization.yaml", *small(world, *more))
     opened, read, iterate = [], images._read, datasets.list_images
     monkeypatch.setattr(images, "_read", lambda path: opened.append(path) or read(path))
-    monkeypatch.setattr(
-        datasets, "list_images", lambda folder: opened.append(folder) or iterate(folder)
-    )
+    noted = lambda folder: opened.append(folder) or iterate(folder)  # noqa: E731
+    monkeypatch.setattr(datasets, "list_images", noted)
     ok(run("warmup", *cfg))
     assert opened
     assert all(Path(path).is_relative_to(world / "game") for path in opened)
 
     ok(run("evaluate", *cfg))
-    ok(run("report", world / "runs/small"))
+    ok(run("tools.report", world / "runs/small"))
     assert {name: entry["dataset"] for name, entry in results(world).items()} == {
         "warmup": "val",
         "warmup_on_bdd100k": "bdd100k",
         "warmup_on_mapillary": "mapillary",
     }
-    # bdd100k and mapillary hold the same pictures, so the same scores must come from their own layouts and label values
+    # both hold the same pictures: the same classes must come from their own layouts and values
     bdd, mapillary = results(world)["warmup_on_bdd100k"], results(world)["warmup_on_mapillary"]
     assert sum(iou is not None for iou in bdd["iou"].values()) >= 3
     cfg = load_config(CONFIGS / "generalization.yaml", cfg[2:])
     for i in range(2):
-        labels = [
-            Images(cfg, f"more_val.{name}", True).label(i) for name in ("bdd100k", "mapillary")
-        ]
+        labelled = (Images(cfg, f"more_val.{name}", True) for name in ("bdd100k", "mapillary"))
+        labels = [dataset.label(i) for dataset in labelled]
         assert np.array_equal(*labels)
         assert np.array_equal(np.unique(labels[0]), [0, 10, 13, 255])
     assert (bdd["split"], mapillary["split"]) == ("val", "validation")
@@ -193,17 +185,12 @@ def test_generalization_reads_nothing_of_a_target_and_is_scored_on_three_dataset
 def test_semi_supervised_lists_part_labelled_and_unlabelled_images(world, run, monkeypatch):
     names = [f"a/a_{i}_leftImg8bit.png" for i in range(4)]
     # as they are published: from the dataset's root, followed by the label's path
-    (world / "labelled.txt").write_text(
-        "".join(f"leftImg8bit/train/{n} gtFine/train/{n}\n" for n in names[:1])
-    )
+    (world / "labelled.txt").write_text(f"leftImg8bit/train/{names[0]} gtFine/train/{names[0]}\n")
     (world / "unlabelled.txt").write_text("\n".join(names[1:]))
     for i in range(1, 4):
         (world / f"camera/gtFine/train/a/a_{i}_gtFine_labelIds.png").unlink()
-    more = [
-        f"source.root={world}/camera",
-        f"source.list={world}/labelled.txt",
-        f"target.list={world}/unlabelled.txt",
-    ]
+    more = [f"source.list={world}/labelled.txt", f"target.list={world}/unlabelled.txt"]
+    more.append(f"source.root={world}/camera")
     cfg = ("--cfg", CONFIGS / "semi_supervised.yaml", *small(world, *more))
     for script in ("warmup", "selftrain", "evaluate"):
         ok(run(script, *cfg))
@@ -217,35 +204,27 @@ def test_semi_supervised_lists_part_labelled_and_unlabelled_images(world, run, m
 
 def test_the_auxiliary_loss_trains_the_auxiliary_classifier_alone_and_the_backbone(world, run):
     for weight in (0.1, 0.4):
-        overrides = small(
-            world, f"source.root={world}/game", "warmup.crdomix=false", f"model.auxiliary={weight}"
-        )
-        ok(run("warmup", *overrides, f"name=a{weight}", "optimizer.lr_backbone=0.1"))
-    a, b = (
-        torch.load(world / f"runs/a{w}/warmup.pth", weights_only=True)["student"]
-        for w in (0.1, 0.4)
-    )
+        overrides = small(world, f"source.root={world}/game", "warmup.crdomix=false")
+        overrides += [f"model.auxiliary={weight}", f"name=a{weight}"]
+        ok(run("warmup", *overrides, "optimizer.lr_backbone=0.1"))
+    a, b = (state(world / f"runs/a{w}/warmup.pth")["student"] for w in (0.1, 0.4))
     assert not torch.equal(a["auxiliary.2.weight"], b["auxiliary.2.weight"])
     assert not torch.equal(a["backbone.features.0.0.weight"], b["backbone.features.0.0.weight"])
 
 
 def test_label_values_of_every_dataset_mean_the_same_class():
     names = list(CITYSCAPES)
-    tables = {
-        ids: label_values(ids, names)
-        for ids in ("cityscapes", "synthia", "mapillary", "train_ids", "index")
-    }
-    for name, values in {
-        "rider": (25, 17, 21, 12, 12),
-        "pole": (17, 7, 47, 5, 5),
-        "sky": (23, 1, 27, 10, 10),
-    }.items():
-        assert {tables[ids][value] for ids, value in zip(tables, values, strict=True)} == {
-            names.index(name)
-        }
-    assert label_values("train_ids", ["sky", "road"]) == {
-        k: {10: 0, 0: 1}.get(k, 255) for k in [*range(19), 255]
-    }
+    sets = ("cityscapes", "synthia", "mapillary", "train_ids", "index")
+    tables = {ids: label_values(ids, names) for ids in sets}
+    for name, values in (
+        ("rider", (25, 17, 21, 12, 12)),
+        ("pole", (17, 7, 47, 5, 5)),
+        ("sky", (23, 1, 27, 10, 10)),
+    ):
+        found = {tables[ids][value] for ids, value in zip(tables, values, strict=True)}
+        assert found == {names.index(name)}
+    two = dict.fromkeys([*range(19), 255], 255) | {10: 0, 0: 1}
+    assert label_values("train_ids", ["sky", "road"]) == two
     assert len(tables["mapillary"]) == 66
     assert sum(k != 255 for k in tables["mapillary"].values()) == 25
 
@@ -268,32 +247,23 @@ def test_other_networks_train_and_train_themselves(world, run, config, network):
     (world / "all.txt").write_text("\n".join(f"a/a_{i}_leftImg8bit.png" for i in range(4)))
     more = [f"source.root={world}/game", "warmup.crdomix=false", "selftrain.crdomix=false"]
     if config == "semi_supervised.yaml":
-        more = [
-            f"source.root={world}/camera",
-            f"source.list={world}/all.txt",
-            f"target.list={world}/all.txt",
-        ]
+        more = [f"{domain}.list={world}/all.txt" for domain in ("source", "target")]
+        more.append(f"source.root={world}/camera")
     cfg = ("--cfg", CONFIGS / config, *small(world, *more, "selftrain.rounds=1", network=network))
     for script in ("warmup", "selftrain", "evaluate"):
         ok(run(script, *cfg))
-    warmup, selftrain = (
-        torch.load(world / f"runs/small/{s}.pth", weights_only=True)
-        for s in ("warmup", "selftrain")
-    )
-    part = next(
-        key for key in warmup["student"] if key.startswith("backbone.") and key.endswith("weight")
-    )
-    assert not torch.equal(warmup["student"][part], selftrain["student"][part])
+    stages = ("warmup", "selftrain")
+    warmup, selftrain = (state(world / f"runs/small/{s}.pth")["student"] for s in stages)
+    weights = (key for key in warmup if key.startswith("backbone.") and key.endswith("weight"))
+    part = next(weights)
+    assert not torch.equal(warmup[part], selftrain[part])
     assert set(results(world)) == {"warmup", "selftrain"}
 
 
 def test_the_networks_that_the_configurations_name_are_built():
     pytest.importorskip("segmentation_models_pytorch")
-    for config, millions in (
-        ("segformer.yaml", 84),
-        ("semi_supervised.yaml", 84),
-        ("dinov3.yaml", 117),
-    ):
+    sizes = {"segformer.yaml": 84, "semi_supervised.yaml": 84, "dinov3.yaml": 117}
+    for config, millions in sizes.items():
         options = load_config(CONFIGS / config).model
         model = models.build_segmenter(num_classes=19, **options | {"weights": None}).eval()
         assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.1)
@@ -312,9 +282,8 @@ def test_a_teacher_is_not_random_and_a_network_without_batch_norm_is_not_recalib
     assert not torch.equal(model(images)[0], model(images)[0])  # dropout and stochastic depth
     before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
     models.recalibrate_batchnorm(model.backbone, [images])
-    assert all(
-        torch.equal(before[name], value) for name, value in model.backbone.state_dict().items()
-    )
+    after = model.backbone.state_dict()
+    assert all(torch.equal(before[name], value) for name, value in after.items())
 
 
 @pytest.mark.parametrize(
@@ -334,8 +303,6 @@ def test_a_network_that_does_not_exist(world, run, network, part):
 
 
 def test_a_missing_library_is_named(monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", None)
     with pytest.raises(models.UserError, match="pip install segmentation-models-pytorch"):
         models.build_segmenter("smp/FPN/resnet18", 3)
@@ -345,33 +312,16 @@ def test_a_missing_library_is_named(monkeypatch):
 
 
 def test_the_authors_student_goes_through_the_command_line(world, run, tmp_path):
-    import sys
-
-    sys.path.insert(0, str(ROOT / "tests/golden"))
-    from authors_state_dict import authors_state_dict
-
-    torch.save(
-        authors_state_dict(ROOT / "tests/golden/authors_student_keys.json"),
-        tmp_path / "student.pth",
-    )
+    weights = tmp_path / "student.pth"
+    saved = authors_state_dict(ROOT / "tests/golden/authors_student_keys.json")
+    torch.save(saved, weights)
     overrides = small(world, f"source.root={world}/game", network="deeplab_v2_resnet101")
-    ok(
-        run(
-            "evaluate",
-            "--cfg",
-            ROOT / "config.yaml",
-            "--weights",
-            tmp_path / "student.pth",
-            *overrides,
-        )
-    )
+    given = ("--cfg", ROOT / "config.yaml", "--weights", weights, *overrides)
+    ok(run("evaluate", *given))
     assert set(results(world)) == {"student"}
-    state = authors_state_dict(ROOT / "tests/golden/authors_student_keys.json")
-    state["layer9.0.weight"] = state.pop("layer1.0.conv2.weight")
-    torch.save(state, tmp_path / "student.pth")
-    code, _, err = run(
-        "evaluate", "--cfg", ROOT / "config.yaml", "--weights", tmp_path / "student.pth", *overrides
-    )
+    saved["layer9.0.weight"] = saved.pop("layer1.0.conv2.weight")
+    torch.save(saved, weights)
+    code, _, err = run("evaluate", *given)
     assert code == 2
     assert "lacks backbone.layer1.0.conv2.weight" in err
 
@@ -380,22 +330,16 @@ def test_backbones_in_the_old_deeplab_and_in_the_simclr_layout(tmp_path):
     torch.manual_seed(0)
     plain = torchvision.models.resnet50(weights=None).state_dict()
     torch.save(plain, tmp_path / "plain.pth")
-    torch.save(
-        {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in plain.items()}},
-        tmp_path / "simclr.pth",
-    )
-    old = {
-        f"Scale.{k}": v
-        for k, v in plain.items()
-        if "num_batches" not in k and not k.startswith("fc.")
-    }
+    simclr = {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in plain.items()}}
+    torch.save(simclr, tmp_path / "simclr.pth")
+    kept = [key for key in plain if "num_batches" not in key and not key.startswith("fc.")]
+    old = {f"Scale.{key}": plain[key] for key in kept}
     old["Scale.layer5.conv2d_list.0.weight"] = torch.zeros(19, 2048, 3, 3)
     torch.save(old, tmp_path / "old.pth")
     networks = {}
     for name in ("plain", "simclr", "old"):
-        networks[name] = models.build_segmenter(
-            "resnet50", 3, weights=str(tmp_path / f"{name}.pth")
-        ).eval()
+        weights = str(tmp_path / f"{name}.pth")
+        networks[name] = models.build_segmenter("resnet50", 3, weights=weights).eval()
     image = torch.rand(1, 3, 48, 64)
     bgr = image.flip(1) * 255 - torch.tensor(models.AUTHORS_BGR_MEAN)[:, None, None]
 
@@ -421,17 +365,14 @@ def test_the_authors_translator(world, run):
     generator = torch.Generator().manual_seed(0)
     files = {}
     for name, keys in shapes.items():
-        files[name] = {
-            key: 0.05 * torch.randn(shape, generator=generator) for key, shape in keys.items()
-        }
+        draw = lambda shape: 0.05 * torch.randn(shape, generator=generator)  # noqa: E731
+        files[name] = {key: draw(shape) for key, shape in keys.items()}
         torch.save(files[name], folder / f"{name}.pth")
 
     def conv(x, state, name, stride=1, norm=True, relu=True):
         weight = state[f"{name}.conv.weight"]
-        pad = (weight.shape[-1] - 1) // 2
-        x = F.conv2d(
-            F.pad(x, [pad] * 4, mode="reflect"), weight, state[f"{name}.conv.bias"], stride
-        )
+        x = F.pad(x, [(weight.shape[-1] - 1) // 2] * 4, mode="reflect")
+        x = F.conv2d(x, weight, state[f"{name}.conv.bias"], stride)
         x = F.instance_norm(x) if norm else x
         return x.relu() if relu else x
 

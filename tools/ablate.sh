@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# Each part of DiGA off in turn, on a run that is finished:  bash ablate.sh [CONFIG [PART ...]]     (default: all parts)
+# Train a finished run again with one part of DiGA off, for each part in turn (default: all parts):
+#   bash tools/ablate.sh [CONFIG [PART ...]]
 # Leaves runs/NAME_PART beside runs/NAME and prints one table.
 set -euo pipefail
-cd "$(dirname "$0")"
-. ./env.sh
+cd "$(dirname "$0")/.."
+. tools/env.sh
 
 config="${1:-configs/demo.yaml}"
 shift || true
-run=$(python -c 'import sys; from config import load_config; from engine import command
+run=$(python -c 'import sys
+from engine.command import command
+from settings import load_config
 command(lambda: print(*map(load_config(sys.argv[1]).get, ("output", "name")), sep="/"))' "$config")
 
 declare -A parts=(
@@ -36,7 +39,8 @@ for part in "${names[@]}"; do
     translation.*) stages="[translate,warmup,selftrain]" ;;
     *) changes+=" translation.images=$run/translated" ;;
   esac
-  case "$changes" in selftrain.*) cp -n "$run/warmup.pth" "$folder/" ;; esac # the same warm-up goes into it
+  # a change of the self-training alone starts from the run's own warm-up
+  case "$changes" in selftrain.*) cp -n "$run/warmup.pth" "$folder/" ;; esac
   bash run_all.sh "$config" "name=$(basename "$folder")" "stages=$stages" $changes
 done
 
@@ -49,6 +53,7 @@ print("| | warm-up | round 1 | self-training |\n| --- | --- | --- | --- |")
 for path in (run, *sorted(run.parent.glob(f"{run.name}_*"))):
     if (path / "results.json").exists():
         results = json.loads((path / "results.json").read_text())
-        figures = [results[stage]["miou"] for stage in ("warmup", "selftrain_round1", "selftrain")]
-        print("|", path.name.removeprefix(run.name).removeprefix("_") or "all of DiGA", "|", " | ".join(f"{x:.1f}" for x in figures), "|")
+        scores = [results[stage]["miou"] for stage in ("warmup", "selftrain_round1", "selftrain")]
+        name = path.name.removeprefix(run.name).removeprefix("_") or "all of DiGA"
+        print("|", name, "|", " | ".join("-" if x is None else f"{x:.1f}" for x in scores), "|")
 PYTHON

@@ -257,7 +257,6 @@ def measure_translate(cfg, steps):
 
 
 def measure_teacher(cfg, steps):
-    """Time an update of the teacher."""
     run = Run(cfg, "warmup", "warmup")
     student = run.place(load_segmenter(warmed_up(cfg), cfg)[0])
     teacher = make_teacher(student)

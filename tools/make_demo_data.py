@@ -174,7 +174,6 @@ def draw_bush(scene, x, z):
 
 
 def draw_pole(scene, x, z):
-    """Draw a post with an arm over the road."""
     rng, colour, height = scene.rng, scene.tint("pole"), scene.rng.uniform(3.5, 7)
     r = rng.uniform(0.14, 0.24)
     scene.front((x - r, x + r), (0, height), z, colour, "pole")
@@ -198,15 +197,15 @@ def draw_person(scene, x, z):
 def draw_car(scene, x, z):
     """Draw a car seen from behind: shadow, flank, rear, glass, lamps, wheels."""
     rng, colour = scene.rng, scene.tint("car")
-    half, length = 0.9, rng.uniform(3.4, 4.8)
-    waist, roof = rng.uniform(0.8, 1.0), rng.uniform(1.35, 1.8)
+    length, waist, roof = rng.uniform(3.4, 4.8), rng.uniform(0.8, 1.0), rng.uniform(1.35, 1.8)
     glass, dark = np.array([0.16, 0.19, 0.23]), np.array([0.07, 0.07, 0.08])
-    a, b, end = x - half, x + half, z + length
+    half, end = 0.9, z + length
+    a, b = x - half, x + half
     near = -np.sign(x) * half + x  # the flank that the camera sees
     scene.quad([(a, 0.02, z), (b, 0.02, z), (near, 0.02, end), (near, 0.02, end)], dark * 1.5)
     scene.side(near, (0.25, waist), (z, end), colour * 0.8, "car")
-    first, last = z + 0.2 * length, z + 0.85 * length
-    top = [(near * 0.97 + x * 0.03, roof, last - 0.5), (near, roof, first)]
+    last = z + 0.85 * length
+    top = [(near * 0.97 + x * 0.03, roof, last - 0.5), (near, roof, z + 0.2 * length)]
     scene.quad([(near, waist, z), (near, waist, last), *top], glass * 1.3, "car")
     scene.front((a, b), (0.25, waist), z, colour, "car")
     a_roof, b_roof = x - half * 0.8, x + half * 0.8
@@ -232,8 +231,8 @@ def side_of_street(rng, side, kerb, edge):
     while z < 110:
         depth = rng.uniform(7, 20)
         if rng.random() < 0.75:
-            block = (edge + side * gap, z, z + depth, rng.uniform(4, 15), side)
-            objects.append((z, draw_building, block))
+            walls = edge + side * gap, z, z + depth
+            objects.append((z, draw_building, (*walls, rng.uniform(4, 15), side)))
         else:
             for t in z + rng.uniform(0, depth, 3):
                 objects.append((t, draw_tree, (edge + side * rng.uniform(0.5, 6), t)))

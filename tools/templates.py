@@ -8,16 +8,12 @@ from engine.files import write_text
 
 
 def render(path, template, /, **values):
-    """Write `path`: a template file of this folder, filled with `values`, HTML escaped.
+    """Write `path`: a template file of this folder, filled with `values`.
 
-    Raises UserError where `path` cannot be written.
+    Values are escaped in HTML. Raises UserError where `path` cannot be written.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=jinja2.select_autoescape(["html.jinja"]),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    escape, strict = jinja2.select_autoescape(["html.jinja"]), jinja2.StrictUndefined
+    blocks = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    environment = jinja2.Environment(loader=loader, autoescape=escape, undefined=strict, **blocks)
     write_text(path, environment.get_template(template).render(values))
