@@ -32,6 +32,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.parts = world() * cfg.accumulate  # of a step's batch
         self.gradient_means, self.figures = [], Log(self.folder, stage, self.device)
+        self.inputs = {}  # file name -> digest; rank 0 alone reads and saves them
         self.shows = None  # the number of steps done, in a step whose pictures are to be shown
         torch.backends.cudnn.benchmark = True
         torch.manual_seed(cfg.seed)

@@ -81,8 +81,8 @@ def main():
             if part not in MEASURES:
                 raise UserError(f"--parts {part}: there is no such part; choose from {PARTS}")
             figures[part] = MEASURES[part](cfg, args.steps)
-            words = ", ".join(f"{key} {value:.4g}" for key, value in figures[part].items())
-            print(f"{part}: {words}", flush=True)
+            words = (f"{key} {value:.4g}" for key, value in figures[part].items())
+            print(f"{part}: {', '.join(words)}", flush=True)
     steps = {"warmup": asked.warmup.steps}
     steps["selftrain"] = asked.selftrain.steps * asked.selftrain.rounds
     hours = {s: figures[s]["seconds"] * n / 3600 for s, n in steps.items() if s in figures}
@@ -99,8 +99,8 @@ def make_files(cfg, folder, count=4):
             coarse = rng.integers(0, len(classes(cfg)), (12, 20)).astype(np.uint8)
             label = cv2.resize(coarse, size[::-1], interpolation=cv2.INTER_NEAREST)
             shades = cv2.resize(rng.integers(0, 256, (60, 100, 3)).astype(np.uint8), size[::-1])
-            image = cv2.add(shades, rng.integers(0, 12, (*size, 3)).astype(np.uint8))
-            write_image(f"{folder}/{domain}/images/{i}.png", image)
+            noise = rng.integers(0, 12, (*size, 3)).astype(np.uint8)
+            write_image(f"{folder}/{domain}/images/{i}.png", cv2.add(shades, noise))
             write_image(f"{folder}/{domain}/labels/{i}.png", label)
     overrides = [f"output={folder}", f"translation.images={folder}/source/images"]
     for domain in sizes:

@@ -199,8 +199,7 @@ def draw_car(scene, x, z):
     rng, colour = scene.rng, scene.tint("car")
     length, waist, roof = rng.uniform(3.4, 4.8), rng.uniform(0.8, 1.0), rng.uniform(1.35, 1.8)
     glass, dark = np.array([0.16, 0.19, 0.23]), np.array([0.07, 0.07, 0.08])
-    half, end = 0.9, z + length
-    a, b = x - half, x + half
+    half, end, a, b = 0.9, z + length, x - 0.9, x + 0.9
     near = -np.sign(x) * half + x  # the flank that the camera sees
     scene.quad([(a, 0.02, z), (b, 0.02, z), (near, 0.02, end), (near, 0.02, end)], dark * 1.5)
     scene.side(near, (0.25, waist), (z, end), colour * 0.8, "car")
@@ -300,8 +299,8 @@ def as_camera(scene, rng):
     y, x = np.mgrid[-1 : 1 : HEIGHT * 1j, -1 : 1 : WIDTH * 1j]
     image *= (1 - rng.uniform(0.15, 0.35) * (x**2 + y**2) / 2)[..., None]
     image *= np.array([0.97, 1.02, 0.93]) * rng.uniform(0.7, 0.95)
-    gray = rng.normal(0, 0.012, image.shape[:2])[..., None]
-    return image + gray + rng.normal(0, 0.012, image.shape)
+    image = image + rng.normal(0, 0.012, image.shape[:2])[..., None]
+    return image + rng.normal(0, 0.012, image.shape)
 
 
 def render(seed, split, number):

@@ -102,8 +102,7 @@ def read_log(path):
             finished = line
         elif {"step", "loss"} <= line.keys():
             # a stage that was resumed or repeated writes some of its steps again
-            steps = [*(old for old in steps if old["step"] < line["step"]), line]
-            finished = None
+            steps, finished = [*(old for old in steps if old["step"] < line["step"]), line], None
         log[line["stage"]] = (steps, finished)
     order = ["source_only", "translator", *STAGES, *log]
     return {stage: log[stage] for stage in sorted(log, key=order.index)}
