@@ -219,11 +219,17 @@ def export(model, cfg, path):
     for key, value in metadata.items():
         program.model.metadata_props[key] = json.dumps(value)
     written = program.model_proto.SerializeToString()
-    session = onnxruntime.InferenceSession(written, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what it raises is reported below
+    session = onnxruntime.InferenceSession(written, options, providers=["CPUExecutionProvider"])
     for image in (torch.rand(1, 3, *size), torch.rand(1, 3, *(s * 3 // 4 + 5 for s in size))):
         with torch.no_grad():
             expected = network(image).numpy()
-        difference = np.abs(session.run(None, {"image": image.numpy()})[0] - expected).max()
+        try:
+            logits = session.run(None, {"image": image.numpy()})[0]
+            difference = np.abs(logits - expected).max()
+        except Exception:  # of onnxruntime, on the size that was written as a constant
+            difference = np.inf
         if not difference < 1e-3:
             fault = f"at {list(image.shape[2:])}, ONNX's logits are {difference:.2g} off"
             reason = "this network has a layer that cannot be written for images of any size"
