@@ -36,15 +36,15 @@ class BatchNorm(nn.BatchNorm2d):
 def synchronise_batchnorm(network):
     """Turn every nn.BatchNorm2d of a network into a BatchNorm, in place, and return the network.
 
-    Raises UserError for other kinds of batch norm.
+    Raises UserError where several processes would have to share another kind of batch norm.
     """
     for name, module in network.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            if type(module) not in (nn.BatchNorm2d, BatchNorm):
-                kind = type(module).__name__
-                message = f"model.network: {name} is a {kind}, which several GPUs cannot share"
-                raise UserError(f"{message}; train on one GPU, or choose another network")
+        if type(module) in (nn.BatchNorm2d, BatchNorm):
             module.__class__ = BatchNorm
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and world() > 1:
+            kind = type(module).__name__
+            message = f"model.network: {name} is a {kind}, which several GPUs cannot share"
+            raise UserError(f"{message}; train on one GPU, or choose another network")
     return network
 
 
