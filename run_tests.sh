@@ -7,6 +7,8 @@ cd "$(dirname "$0")"
 # is PyPI's typing: see tools/env.sh.
 python -c "import cityscapesscripts" 2> /dev/null ||
   python -m pip install --quiet --disable-pip-version-check --no-deps cityscapesscripts==2.3.0
+# The tensors of the tests are small: threads would wait for each other, on a busy machine for long.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 ruff check .
 ruff format --check .
 python -m pytest "$@"
