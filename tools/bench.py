@@ -54,7 +54,7 @@ class Timed(Run):
         bare = self.networks(self, state) if self.networks else lambda: None
         for step in range(self.repeats + 2):
             started = now(self.device)
-            yield step, [batch]
+            yield min(step, total - 1), [batch]
             between = now(self.device)
             bare()
             self.times[0].append(between - started)
