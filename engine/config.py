@@ -35,17 +35,23 @@ def integer(low, high=10**9):
 
 
 def number(low, high=1e6):
-    test = lambda v: type(v) in (int, float) and low <= v <= high  # noqa: E731
+    def test(value):
+        return type(value) in (int, float) and low <= value <= high
+
     return f"a number from {low:g} to {high:g}", test
 
 
 def choice(*options):
-    test = lambda v: any(type(v) is type(option) and v == option for option in options)  # noqa: E731
+    def test(value):
+        return any(type(value) is type(option) and value == option for option in options)
+
     return " | ".join(map(str, options)), test
 
 
 def multiple_of(step, low, high):
-    test = lambda v: type(v) is int and low <= v <= high and v % step == 0  # noqa: E731
+    def test(value):
+        return type(value) is int and low <= value <= high and value % step == 0
+
     return f"a multiple of {step} from {low} to {high}", test
 
 

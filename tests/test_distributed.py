@@ -42,7 +42,8 @@ def process(number, count, port, out, work, *arguments):
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     for stream in (1, 2):
         os.dup2(os.open(f"{out}.{number}.{stream}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     torch.set_num_threads(1)
     # of the loaders, as in a command's own process
     multiprocessing.set_start_method("fork", force=True)
@@ -62,8 +63,10 @@ def together(count, out, work, *arguments):
     for worker in workers:
         worker.join(120)
         worker.kill()
-    read = lambda stream: [Path(f"{out}.{n}.{stream}").read_text() for n in range(count)]  # noqa: E731
-    return [worker.exitcode for worker in workers], "".join(read(1)), "".join(read(2))
+    out, err = (
+        "".join(Path(f"{out}.{n}.{stream}").read_text() for n in range(count)) for stream in (1, 2)
+    )
+    return [worker.exitcode for worker in workers], out, err
 
 
 def stage(script, arguments, signal_at=None, plain=False):
