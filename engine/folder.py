@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -89,8 +90,17 @@ def environment(device):
 
 
 def memory_gb(device):
-    """Return the peak of the GPU's memory in GiB, or the memory of this process on a CPU."""
+    """Return the peak memory in GiB: of the GPU, or of this process on a CPU.
+
+    psutil has a process's peak on Windows alone; without Linux's, it is the memory of now.
+    """
+    status = Path("/proc/self/status")
     if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
-    memory = psutil.Process().memory_info()
-    return round(getattr(memory, "peak_wset", memory.rss) / 2**30, 3)
+        size = torch.cuda.max_memory_allocated(device)
+    elif status.is_file():
+        peak = re.search(r"VmHWM:\s+(\d+)", status.read_text(encoding="utf-8"))
+        size = int(peak[1]) * 2**10
+    else:
+        memory = psutil.Process().memory_info()
+        size = getattr(memory, "peak_wset", memory.rss)
+    return round(size / 2**30, 3)

@@ -63,7 +63,7 @@ class Log:
         Raises UserError where a figure is not finite.
         """
         sums = self._collect(step)
-        figures = {name: above / max(below, 1e-12) for name, (above, below) in sums.items()}
+        figures = {name: _mean(pair) for name, pair in sums.items()}
         for name, (above, below) in sums.items():
             old = self.overall.get(name, [0, 0])
             self.overall[name] = [old[0] + above, old[1] + below]
@@ -88,18 +88,17 @@ class Log:
         sums = [torch.as_tensor(part, dtype=torch.float64, device=self.device) for part in parts]
         sums = sum_over_processes(torch.stack(sums)).view(-1, 2).tolist()
         self.recent = {}
-        for name, (above, below) in zip(names, sums, strict=True):
-            if not math.isfinite(above / max(below, 1e-12)):
+        for name, pair in zip(names, sums, strict=True):
+            if not math.isfinite(_mean(pair)):
                 when = f"in the {self.done} steps before step {step}"
                 remedy = "lower optimizer.lr_backbone and lr_head, or use precision=fp32"
-                fault = f"{name} became {above / max(below, 1e-12)} {when}"
+                fault = f"{name} became {_mean(pair)} {when}"
                 raise UserError(f"{self.stage}: {fault}; the last checkpoint is kept; {remedy}")
         return dict(zip(names, sums, strict=True))
 
     def finish(self, steps, result):
         """Write the means over the whole stage."""
-        sums = self.overall.items()
-        means = {name: _rounded(above / max(below, 1e-12)) for name, (above, below) in sums}
+        means = {name: _rounded(_mean(pair)) for name, pair in self.overall.items()}
         write_log(self.folder, self.stage, finished=steps, **means, seconds=self.seconds())
         print(f"{self.stage}: wrote {result}  {_in_words(means)}")
 
@@ -118,6 +117,10 @@ class Log:
                 picture = paint(resize(picture.byte().numpy(), size, labels=True), colours)
             self.writer.add_image(f"{self.stage}/{name}", picture, step, dataformats="HWC")
             write_image(self.folder / "samples" / self.stage / f"{name}.png", picture)
+
+
+def _mean(pair):
+    return pair[0] / max(pair[1], 1e-12)
 
 
 def _rounded(value):

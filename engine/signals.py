@@ -29,7 +29,7 @@ def _handle(number, _):
 
 @contextlib.contextmanager
 def handled():
-    """Context manager: SIGINT and SIGTERM raise Stopped, or are noted inside `in_loop`."""
+    """Context manager: SIGINT and SIGTERM raise Stopped, or are noted during a loop's steps."""
     previous = {number: signal.signal(number, _handle) for number in NUMBERS}
     try:
         yield

@@ -10,11 +10,9 @@ import functools
 import itertools
 import json
 import multiprocessing
-import re
 import statistics
 import tempfile
 import time
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -315,6 +313,7 @@ def measure_memory(cfg, steps):
 
 
 def _peak_gb(tree, plainly):
+    """Return the peak memory of some warm-up steps, with the losses in their plain form or not."""
 
     def supervised_loss(logits, labels):
         logits = upsample(logits, labels.shape[-2:])
@@ -328,12 +327,7 @@ def _peak_gb(tree, plainly):
     if plainly:
         warmup.supervised_loss = supervised_loss
         warmup.symmetric_distillation = symmetric_distillation
-    run = train(Timed(checked(tree, [], "bench"), "warmup", "warmup", 2))
-    status = Path("/proc/self/status")
-    if run.device.type == "cuda" or not status.is_file():
-        return memory_gb(run.device)
-    # the peak of this process alone: getrusage's begins with the parent's, and psutil gives none
-    return int(re.search(r"VmHWM:\s+(\d+)", status.read_text(encoding="utf-8"))[1]) / 2**20
+    return memory_gb(train(Timed(checked(tree, [], "bench"), "warmup", "warmup", 2)).device)
 
 
 MEASURES = {name[8:]: f for name, f in dict(globals()).items() if name.startswith("measure_")}
