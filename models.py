@@ -6,13 +6,13 @@ H / output stride.
 """
 
 import copy
-import urllib.error
 from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.config import Config, UserError
 from engine.files import load_tensors
@@ -33,9 +33,7 @@ class Segmenter(nn.Module):
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
         self.backbone, self.head = backbone, head
         self.classifier, self.auxiliary = classifier, auxiliary
-        self.divisor = divisor
-        convs = (m for m in classifier.modules() if isinstance(m, nn.Conv2d))
-        self.channels = next(convs).in_channels
+        self.divisor, self.channels = divisor, _layers(classifier, nn.Conv2d)[0].in_channels
 
     def forward(self, images):
         if self.divisor > 1:
@@ -53,25 +51,19 @@ class Segmenter(nn.Module):
 class Head(nn.Module):
     """DeepLab-V2 head with squeeze-excite, as in ProDA: (B, backbone_channels, h, w) -> f.
 
-    Parallel dilated convolutions, squeeze-excite over their concatenation, a convolution to
-    `channels`, which are a multiple of 32 (group norm).
+    channels: those of f, a multiple of 32 (group norm).
     """
 
     def __init__(self, backbone_channels, channels, dilations=(6, 12, 18, 24), dropout=0.1):
         super().__init__()
         convs = [nn.Conv2d(backbone_channels, channels, 1)]
-        for d in dilations:
-            convs.append(nn.Conv2d(backbone_channels, channels, 3, padding=d, dilation=d))
+        convs += [nn.Conv2d(backbone_channels, channels, 3, 1, d, d) for d in dilations]
         branches = [nn.Sequential(conv, nn.GroupNorm(32, channels), nn.ReLU()) for conv in convs]
         self.branches = nn.ModuleList(branches)
         wide = len(convs) * channels
-        self.excite = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1),
-            nn.Conv2d(wide, wide // 16, 1),
-            nn.ReLU(),
-            nn.Conv2d(wide // 16, wide, 1),
-            nn.Sigmoid(),
-        )
+        squeeze, expand = nn.Conv2d(wide, wide // 16, 1), nn.Conv2d(wide // 16, wide, 1)
+        layers = nn.AdaptiveAvgPool2d(1), squeeze, nn.ReLU(), expand, nn.Sigmoid()
+        self.excite = nn.Sequential(*layers)
         project = nn.Conv2d(wide, channels, 3, padding=1)
         self.project = nn.Sequential(project, nn.GroupNorm(32, channels))
         self.dropout = nn.Dropout2d(dropout)
@@ -82,13 +74,12 @@ class Head(nn.Module):
 
 
 def build_segmenter(network, num_classes, output_stride=8, channels=256, weights=None, auxiliary=0):
-    """Return a Segmenter by its name.
+    """Return a Segmenter by its name. Raises UserError where its weights are missing or do not fit.
 
     network: "deeplab_v2_resnet101", a resnet or mobilenet_v2 of torchvision, or
     smp/ARCHITECTURE/ENCODER of segmentation-models-pytorch.
     weights of the backbone: "imagenet" (downloaded once), a file, or None (random).
     auxiliary: weight of the auxiliary classifier's loss; with 0 there is no such classifier.
-    Raises UserError where the weights cannot be loaded or do not fit.
     """
     if network.startswith("smp/"):
         backbone, head, classifier, divisor = _smp(network, num_classes, weights)
@@ -102,10 +93,8 @@ def build_segmenter(network, num_classes, output_stride=8, channels=256, weights
         convs = nn.Conv2d(deepest, 256, 3, padding=1), nn.Conv2d(256, num_classes, 1)
         second = nn.Sequential(convs[0], nn.ReLU(), convs[1])
     model = Segmenter(backbone, head, classifier, divisor, second)
-    if weights == "imagenet" and not network.startswith("smp/"):
-        load_exactly(backbone, backbone_weights(_imagenet_weights(network)), weights)
-    elif weights not in (None, "imagenet"):
-        state = load_tensors(weights)
+    if weights is not None and (weights != "imagenet" or not network.startswith("smp/")):
+        state = _imagenet_weights(network) if weights == "imagenet" else load_tensors(weights)
         load_exactly(backbone, backbone_weights(state), weights)
         if "Scale.conv1.weight" in state:
             model.mean.copy_(torch.tensor(AUTHORS_BGR_MEAN[::-1])[:, None, None] / 255)
@@ -137,48 +126,38 @@ def _smp(name, num_classes, weights):
 
 def _backbone(network, output_stride):
     """Return torchvision's network without its classifier, and its number of output channels."""
-    deeplab = network == "deeplab_v2_resnet101"
     name = network.removeprefix("deeplab_v2_")
     net = torchvision.models.get_model(name, weights=None)
     if name == "mobilenet_v2":
         stages, channels = (net.features[7:14], net.features[14:18]), 320
-        backbone = nn.Sequential(OrderedDict(features=net.features[:18]))
+        kept = [("features", net.features[:18])]
     else:
         stages, channels = (net.layer3, net.layer4), net.fc.in_features
-        backbone = nn.Sequential(OrderedDict(list(net.named_children())[:-2]))
-    if output_stride == 8:
-        _dilate(stages[0], 2)
-        _dilate(stages[1], 4)
-    else:
-        _dilate(stages[1], 2)
-    if deeplab:
-        for layer in (net.layer2, net.layer3, net.layer4):
-            first, second = layer[0].conv1, layer[0].conv2
-            first.stride, second.stride = second.stride, first.stride
+        kept = list(net.named_children())[:-2]
+    dilated = [(stages[0], 2), (stages[1], 4)] if output_stride == 8 else [(stages[1], 2)]
+    for stage, dilation in dilated:  # in place of strides
+        for conv in _layers(stage, nn.Conv2d):
+            conv.stride = (1, 1)
+            if conv.kernel_size == (3, 3):
+                conv.dilation = conv.padding = (dilation, dilation)
+    if name != network:  # what DeepLab-V2 does differently
+        for block in (net.layer2[0], net.layer3[0], net.layer4[0]):
+            block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
         net.maxpool.ceil_mode = True
-        for module in net.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.requires_grad_(False)
-    return backbone, channels
+        for norm in _layers(net, nn.BatchNorm2d):
+            norm.requires_grad_(False)
+    return nn.Sequential(OrderedDict(kept)), channels
 
 
-def _dilate(stage, dilation):
-    """Replace the strides of a stage by dilation."""
-    for module in stage.modules():
-        if isinstance(module, nn.Conv2d):
-            module.stride = (1, 1)
-            if module.kernel_size == (3, 3):
-                module.dilation = module.padding = (dilation, dilation)
+def _layers(module, kind):
+    return [layer for layer in module.modules() if isinstance(layer, kind)]
 
 
 # ---------------------------------------------------------------- optimizer
 
 
 class AdamW(torch.optim.AdamW):
-    """AdamW that sees channels-last tensors as contiguous views.
-
-    PyTorch's fused CPU kernel would copy them otherwise.
-    """
+    """AdamW that gives PyTorch's fused CPU kernel contiguous views; channels-last it would copy."""
 
     def _init_group(self, group, *lists):
         answer = super()._init_group(group, *lists)  # fills them: parameters, gradients, means, ...
@@ -194,11 +173,9 @@ def build_optimizer(model, name, lr_backbone, lr_head, momentum, weight_decay, *
     """
     if lr_backbone == 0:
         model.backbone.requires_grad_(False)
-    groups = []
+    trained, groups = [(n, p) for n, p in model.named_parameters() if p.requires_grad], []
     for rate, of_backbone in ((lr_backbone, True), (lr_head, False)):
-        named = model.named_parameters()
-        parameters = [p for name, p in named if name.startswith("backbone.") == of_backbone]
-        parameters = [p for p in parameters if p.requires_grad]
+        parameters = [p for n, p in trained if n.startswith("backbone.") == of_backbone]
         groups.append({"params": parameters, "lr": rate, "base_lr": rate})
     if name == "adamw":
         return AdamW(groups, weight_decay=weight_decay, fused=True)
@@ -226,7 +203,7 @@ def make_teacher(student):
     Its running statistics do not move in its own forward passes; ema_update copies the student's.
     """
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
-    for norm in _batch_norms(teacher):
+    for norm in _layers(teacher, _BatchNorm):
         norm.track_running_stats = False
         norm.train()
     return teacher
@@ -243,15 +220,8 @@ def ema_update(teacher, student, step, limit=0.999):
     weight = 1 - ema_decay(step, limit)
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), weight)
     for dtype in {buffer.dtype for buffer in student.buffers()}:  # of one dtype: one kernel
-        ours, theirs = (
-            [buffer for buffer in network.buffers() if buffer.dtype == dtype]
-            for network in (teacher, student)
-        )
+        ours, theirs = ([b for b in n.buffers() if b.dtype == dtype] for n in (teacher, student))
         torch._foreach_copy_(ours, theirs)
-
-
-def _batch_norms(model):
-    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
 @torch.no_grad()
@@ -262,7 +232,7 @@ def recalibrate_batchnorm(model, batches):
     W); len() counts those of all processes. All processes end with the same statistics.
     """
     model.eval()
-    norms = _batch_norms(model)
+    norms = _layers(model, _BatchNorm)
     share = int(rank() == 0)  # without batches, all take the statistics of rank 0
     if len(batches):
         momenta = [norm.momentum for norm in norms]
@@ -314,25 +284,18 @@ def load_segmenter(path, cfg, which="student"):
 
 
 def load_exactly(module, state, origin):
-    """Load a state dict that fits exactly.
-
-    Raises UserError, which begins with `origin` and names the keys that do not fit.
-    """
+    """Load a state dict that fits, else raise a UserError: `origin`, and the keys that do not."""
     own = module.state_dict()
-    common = own.keys() & state.keys()
-    shapes = {key: (list(state[key].shape), list(own[key].shape)) for key in common}
-    misfits = [
-        f"{k} is {ours}, not {wanted}" for k, (ours, wanted) in shapes.items() if ours != wanted
-    ]
-    for what, keys in (
-        ("lacks", own.keys() - state.keys()),
-        ("has unknown", state.keys() - own.keys()),
-        ("differs in shape:", misfits),
-    ):
+    shapes = {k: (list(state[k].shape), list(own[k].shape)) for k in own.keys() & state.keys()}
+    faults = {
+        "lacks": own.keys() - state.keys(),
+        "has unknown": state.keys() - own.keys(),
+        "differs in shape:": [f"{k} is {a}, not {b}" for k, (a, b) in shapes.items() if a != b],
+    }
+    for fault, keys in faults.items():
         if keys:
-            more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-            named = f"{what} {', '.join(sorted(keys)[:5])}{more}"
-            raise UserError(f"{origin}: {named}; it does not fit this network")
+            named = ", ".join(sorted(keys)[:5]) + f" and {len(keys) - 5} more" * (len(keys) > 5)
+            raise UserError(f"{origin}: {fault} {named}; it does not fit this network")
     module.load_state_dict(state)
 
 
@@ -359,7 +322,7 @@ def _imagenet_weights(network):
     weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
     try:
         return weights.get_state_dict(weights_only=True)
-    except (urllib.error.URLError, OSError) as error:
+    except OSError as error:
         fault = f"imagenet could not be downloaded from {weights.url} ({error})"
         remedy = "fetch that file where there is a network and give its path as model.weights"
         raise UserError(f"model.weights: {fault}; {remedy}") from error
