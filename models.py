@@ -198,10 +198,7 @@ def set_learning_rate(optimizer, step, total, power, warmup, **_):
 
 
 def make_teacher(student):
-    """Return T, a frozen copy of S that uses batch statistics, without dropout.
-
-    Its running statistics do not move in its own forward passes; ema_update copies the student's.
-    """
+    """Return T, a frozen copy of S that uses batch statistics and moves none, without dropout."""
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
     for norm in _layers(teacher, _BatchNorm):
         norm.track_running_stats = False
@@ -226,10 +223,10 @@ def ema_update(teacher, student, step, limit=0.999):
 
 @torch.no_grad()
 def recalibrate_batchnorm(model, batches):
-    """Set the running statistics of batch norm to their plain average over batches, in one pass.
+    """Set batch norm's running statistics to their plain average over batches; end in eval mode.
 
-    Leaves the model in evaluation mode. batches: iterating yields this process's images, (B, 3, H,
-    W); len() counts those of all processes. All processes end with the same statistics.
+    batches: iterating yields this process's images, (B, 3, H, W); len() counts those of all
+    processes. All processes end with the same statistics.
     """
     model.eval()
     norms = _layers(model, _BatchNorm)
@@ -259,16 +256,14 @@ def recalibrate_batchnorm(model, batches):
 
 
 def load_segmenter(path, cfg, which="student"):
-    """Return the student or teacher of a checkpoint, on the CPU, and the checkpoint's entries.
+    """Return a checkpoint's student or teacher (or None), on the CPU, and the checkpoint's entries.
 
-    The network is None where the file has no such network. The authors' released student is read
-    too. Raises UserError where the file is not a checkpoint, or one for other classes than cfg's.
+    The authors' released student is read too. Raises UserError for another file, or other classes.
     """
     saved = load_tensors(path)
     if "layer0.0.weight" in saved:
-        model = build_segmenter("deeplab_v2_resnet101", len(classes(cfg)))
-        load_exactly(model, from_authors(saved), path)
-        return (model, {}) if which == "student" else (None, {})
+        config = {"classes": cfg.classes, "model": {"network": "deeplab_v2_resnet101"}}
+        saved = {"student": from_authors(saved), "config": config}
     if not {"student", "config"} <= saved.keys():
         raise UserError(f"{path}: holds no segmentation network of warmup.py or selftrain.py")
     trained = list(classes(Config(saved["config"])))
@@ -277,8 +272,9 @@ def load_segmenter(path, cfg, which="student"):
         raise UserError(f"{path}: {fault}: {', '.join(trained)}")
     if which not in saved:
         return None, saved
-    options = saved["config"]["model"] | {"weights": None}
-    model = build_segmenter(num_classes=len(trained), **options)
+    model = build_segmenter(
+        num_classes=len(trained), **saved["config"]["model"] | {"weights": None}
+    )
     load_exactly(model, saved[which], path)
     return model, saved
 
@@ -339,6 +335,7 @@ AUTHORS_KEYS = {
     "final.bottleneck.1.": "head.project.0.",
     "final.bottleneck.2.": "head.project.1.",
     "final.head.1.": "classifier.",
+    "": "",
 }
 
 
@@ -350,9 +347,9 @@ def from_authors(state):
     """
     ours = {}
     for key, value in state.items():
-        prefix = next((p for p in AUTHORS_KEYS if key.startswith(p)), "")
+        theirs = next(prefix for prefix in AUTHORS_KEYS if key.startswith(prefix))
         linear = ".se." in key and value.dim() == 2
-        name = AUTHORS_KEYS.get(prefix, "") + key.removeprefix(prefix)
+        name = AUTHORS_KEYS[theirs] + key.removeprefix(theirs)
         ours[name] = value[..., None, None] if linear else value
     ours["backbone.conv1.weight"] = ours["backbone.conv1.weight"].flip(1)
     ours["mean"] = torch.tensor(AUTHORS_BGR_MEAN[::-1])[:, None, None] / 255

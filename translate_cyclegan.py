@@ -44,13 +44,10 @@ def main():
         Aligned(options.images, source.names, read_image, remedy)
         print(f"translator: {len(source)} translated images are in {options.images}")
         return
-    if options.weights:
-        generator = load_generator(options.weights)
-    else:
-        if not run.is_finished(args.force):
-            train(run, source)
-        generator = load_generator(run.result)
-    write(run, run.place(generator), source, options.weights or run.result)
+    if not options.weights and not run.is_finished(args.force):
+        train(run, source)
+    weights = options.weights or run.result
+    write(run, run.place(load_generator(weights)), source, weights)
 
 
 def train(run, source):
@@ -58,13 +55,9 @@ def train(run, source):
 
     # data
     size, batch_size = part_size(cfg, "translation"), sum(options.batch)
-    target = Images(cfg, "target", labelled=False)
-    crops = StackDataset(
-        **{
-            domain: Crops(cfg, run.stage, domain, images, options.batch, total, options.crop)
-            for domain, images in (("source", source), ("target", target))
-        }
-    )
+    images = {"source": source, "target": Images(cfg, "target", labelled=False)}
+    alike = options.batch, total, options.crop
+    crops = {key: Crops(cfg, run.stage, key, images[key], *alike) for key in images}
 
     # generators, discriminators, optimizers
     generators = [Generator(options.filters, options.blocks).apply(init_gan) for _ in range(2)]
@@ -87,7 +80,7 @@ def train(run, source):
     run.describe()
     to_target, to_source = map(run.parallel, (to_target, to_source))
     judge_target, judge_source = map(run.parallel, judges)
-    crops = loader(run, crops, first * batch_size, size)
+    crops = loader(run, StackDataset(**crops), first * batch_size, size)
     for step, parts in run.steps(crops, first, total, state):
         for group in itertools.chain(optimizer.param_groups, judges_optimizer.param_groups):
             group["lr"] = options.lr * min(1, 2 * (1 - step / total))
@@ -137,10 +130,7 @@ def train(run, source):
 
 @torch.no_grad()
 def write(run, generator, source, weights):
-    """Write translated/NAME for every source image, of the same size.
-
-    Images that were written after the weights are left alone.
-    """
+    """Write translated/NAME, of the image's size, where it is older than the weights or missing."""
     folder, made = run.folder / "translated", Path(weights).stat().st_mtime
     paths = [folder / name for name in source.names]
     todo = [i for i, path in enumerate(paths) if not path.exists() or path.stat().st_mtime < made]
@@ -186,10 +176,8 @@ class Pool(nn.Module):
         answer, images, size = [], all_gather_rows(images), len(images)
         for n, image in enumerate(images, number):
             place = n if n < POOL else int(places[n % len(places)])
-            if n >= POOL and place < POOL:
-                answer.append(self.images[place].clone())
-            else:
-                answer.append(image)
+            swapped = n >= POOL and place < POOL
+            answer.append(self.images[place].clone() if swapped else image)
             if place < POOL:
                 self.images[place] = image
         return torch.stack(answer[rank() * size : (rank() + 1) * size])
@@ -198,20 +186,20 @@ class Pool(nn.Module):
 # ---------------------------------------------------------------- networks
 
 
+def normed(conv, activation):
+    """Return a convolution, its instance norm and an activation, as a list."""
+    return [conv, nn.InstanceNorm2d(conv.out_channels), activation]
+
+
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions with instance norm and reflection padding, added to their input."""
 
     def __init__(self, channels):
         super().__init__()
-        self.conv_block = nn.Sequential(
-            nn.ReflectionPad2d(1),
-            nn.Conv2d(channels, channels, 3),
-            nn.InstanceNorm2d(channels),
-            nn.ReLU(),
-            nn.ReflectionPad2d(1),
-            nn.Conv2d(channels, channels, 3),
-            nn.InstanceNorm2d(channels),
-        )
+        first, second = (nn.Conv2d(channels, channels, 3) for _ in range(2))
+        layers = [nn.ReflectionPad2d(1), *normed(first, nn.ReLU())]
+        layers += [nn.ReflectionPad2d(1), second, nn.InstanceNorm2d(channels)]
+        self.conv_block = nn.Sequential(*layers)
 
     def forward(self, x):
         return x + self.conv_block(x)
@@ -225,15 +213,12 @@ class Generator(nn.Module):
 
     def __init__(self, filters=64, blocks=9):
         super().__init__()
-        layers = [nn.ReflectionPad2d(3), nn.Conv2d(3, filters, 7)]
-        layers += [nn.InstanceNorm2d(filters), nn.ReLU()]
+        layers = [nn.ReflectionPad2d(3), *normed(nn.Conv2d(3, filters, 7), nn.ReLU())]
         for width in (filters, 2 * filters):
-            layers.append(nn.Conv2d(width, 2 * width, 3, 2, 1))
-            layers += [nn.InstanceNorm2d(2 * width), nn.ReLU()]
+            layers += normed(nn.Conv2d(width, 2 * width, 3, 2, 1), nn.ReLU())
         layers += [ResidualBlock(4 * filters) for _ in range(blocks)]
         for width in (4 * filters, 2 * filters):
-            layers.append(nn.ConvTranspose2d(width, width // 2, 3, 2, 1, 1))
-            layers += [nn.InstanceNorm2d(width // 2), nn.ReLU()]
+            layers += normed(nn.ConvTranspose2d(width, width // 2, 3, 2, 1, 1), nn.ReLU())
         layers += [nn.ReflectionPad2d(3), nn.Conv2d(filters, 3, 7), nn.Tanh()]
         self.model = nn.Sequential(*layers)
 
@@ -242,12 +227,9 @@ class Generator(nn.Module):
 
     @classmethod
     def from_file(cls, path):
-        """Return the generator in a translator.pth or latest_net_G_A.pth, whatever its size.
-
-        Raises UserError for other files.
-        """
-        state = load_tensors(path)
-        state = state.get("generator", state)
+        """Return the generator in a translator.pth or latest_net_G_A.pth. Raises UserError."""
+        saved = load_tensors(path)
+        state = saved.get("generator", saved)
         state = {key.removeprefix("module."): value for key, value in state.items()}
         blocks = len({key.split(".")[1] for key in state if ".conv_block." in key})
         if "model.1.weight" not in state or not blocks:
@@ -267,8 +249,7 @@ class Discriminator(nn.Sequential):
     def __init__(self, filters=64):
         layers = [nn.Conv2d(3, filters, 4, 2, 1), nn.LeakyReLU(0.2)]
         for width, stride in ((filters, 2), (2 * filters, 2), (4 * filters, 1)):
-            layers.append(nn.Conv2d(width, 2 * width, 4, stride, 1))
-            layers += [nn.InstanceNorm2d(2 * width), nn.LeakyReLU(0.2)]
+            layers += normed(nn.Conv2d(width, 2 * width, 4, stride, 1), nn.LeakyReLU(0.2))
         super().__init__(*layers, nn.Conv2d(8 * filters, 1, 4, 1, 1))
 
     def forward(self, images):
@@ -283,11 +264,9 @@ def init_gan(module):
 
 
 # the names of the convolutions in the authors' files, in order
-BLOCKS = [f"model.{block}.model.{conv}.conv" for block in range(4) for conv in range(2)]
-HEAD = ["model.0.conv", "model.1.conv", "model.2.conv"]
-TAIL = ["model.2.conv", "model.4.conv", "model.5.conv"]
-ENCODER = [*HEAD, *(f"model.3.{name}" for name in BLOCKS)]
-DECODER = [*(f"model.0.{name}" for name in BLOCKS), *TAIL]
+BLOCKS = [f"model.{block}.model.{conv}" for block in range(4) for conv in range(2)]
+ENCODER = ["model.0", "model.1", "model.2", *(f"model.3.{name}" for name in BLOCKS)]
+DECODER = [*(f"model.0.{name}" for name in BLOCKS), "model.2", "model.4", "model.5"]
 
 
 class AuthorsGenerator(nn.Module):
@@ -304,9 +283,8 @@ class AuthorsGenerator(nn.Module):
         self.register_buffer("mean", mean, persistent=False)
 
         def layer(inputs, outputs, kernel, stride=1):
-            pad = nn.ReflectionPad2d((kernel - 1) // 2)
             conv = nn.Conv2d(inputs, outputs, kernel, stride)
-            return [pad, conv, nn.InstanceNorm2d(outputs), nn.ReLU()]
+            return [nn.ReflectionPad2d((kernel - 1) // 2), *normed(conv, nn.ReLU())]
 
         wide = 4 * filters
         encoder, decoder = layer(3, filters, 7), [ResidualBlock(wide) for _ in range(4)]
@@ -332,12 +310,9 @@ class AuthorsGenerator(nn.Module):
         generator = cls(64 if first is None else first.shape[0])
         for part, (file, names) in files.items():
             module = getattr(generator, part)
-            named = module.named_modules()
-            convs = [name for name, layer in named if isinstance(layer, nn.Conv2d)]
-            ours, state = dict(zip(names, convs, strict=True)), {}
-            for key, value in states[part].items():
-                theirs, _, kind = key.rpartition(".")
-                state[f"{ours.get(theirs, '?')}.{kind}"] = value
+            theirs = [f"{name}.conv.{kind}" for name in names for kind in ("weight", "bias")]
+            ours = dict(zip(theirs, module.state_dict(), strict=True))
+            state = {ours.get(key, f"? {key}"): value for key, value in states[part].items()}
             load_exactly(module, state, Path(folder) / file)
         return generator
 
