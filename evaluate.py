@@ -187,7 +187,8 @@ def export(model, cfg, path):
     ends = {"input_names": ["image"], "output_names": ["logits"], "dynamic_shapes": sides}
     program = torch.onnx.export(network, (image,), dynamo=True, verbose=False, **ends)
     metadata = {"classes": list(names), "colours": list(names.values()), "size": size}
-    program.model.metadata_props |= {key: json.dumps(value) for key, value in metadata.items()}
+    for key, value in metadata.items():
+        program.model.metadata_props[key] = json.dumps(value)
     written = program.model_proto.SerializeToString()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what it raises is reported below
@@ -208,27 +209,12 @@ def export(model, cfg, path):
     print(f"{path}: image (1, 3, H, W), RGB in [0, 1] -> logits (1, {len(names)}, H, W)")
 
 
-# ---------------------------------------------------------------- results
-
-
 def record(path, stage, entry):
     """Put a stage's scores into results.json, rounded, beside those of other stages."""
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     results[stage] = json.loads(json.dumps(entry), parse_float=lambda x: round(float(x), 3))
     order = sorted(results, key=[*STAGES, *results].index)
     write_text(path, json.dumps({name: results[name] for name in order}, indent=1) + "\n")
-
-
-def summarise(run, stages, datasets, out):
-    """Print the table of results and write comparison.png."""
-    first, cfg = next(iter(datasets)), run.cfg
-    if any(whole.images.labelled for whole in datasets.values()):
-        results = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
-        print(table(results, list(classes(cfg))))
-        if first == "val":
-            stages = [stage for stage, entry in results.items() if entry["dataset"] == "val"]
-    if not isinstance(datasets[first].images, Video):
-        compare(out, datasets[first], stages, cfg)
 
 
 def table(results, names):
@@ -245,23 +231,17 @@ def table(results, names):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def gallery(out, whole, stages, cfg, rows=4):
-    """Yield [(title, picture), ...] for a few images: image, each stage's prediction, label."""
-    folders = [out / "predictions" / stage for stage in stages]
-    names = [Path(name).with_suffix(".png") for name in whole.images.names]
-    shown = [i for i, name in enumerate(names) if all((f / name).exists() for f in folders)]
-    few = np.linspace(0, len(shown) - 1, min(rows, len(shown)), dtype=int)
-    for i in (shown[j] for j in few):
-        made = [(stage, read_image(f / names[i])) for stage, f in zip(stages, folders, strict=True)]
-        row = [("image", whole.images.image(i)), *made]
-        if whole.images.labelled:
-            row.append(("label", paint(whole.images.label(i), classes(cfg))))
-        yield row
-
-
-def compare(out, whole, stages, cfg):
-    """Write comparison.png, the gallery as one picture."""
-    rows = list(gallery(out, whole, stages, cfg))
+def summarise(run, stages, datasets, out):
+    """Print the table of results and write comparison.png, the gallery as one picture."""
+    key, cfg = next(iter(datasets)), run.cfg
+    if any(whole.images.labelled for whole in datasets.values()):
+        results = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
+        print(table(results, list(classes(cfg))))
+        if key == "val":
+            stages = [stage for stage, entry in results.items() if entry["dataset"] == "val"]
+    if isinstance(datasets[key].images, Video):
+        return
+    rows = list(gallery(out, datasets[key], stages, cfg))
     if not rows:
         return
     height, width, _ = rows[0][0][1].shape
@@ -274,6 +254,19 @@ def compare(out, whole, stages, cfg):
         pictures = (resize(picture, (height, width)) for _, picture in row)
         lines.append(np.hstack([np.pad(x, border, constant_values=255) for x in pictures]))
     write_image(out / "comparison.png", np.vstack([head, *lines]))
+
+
+def gallery(out, whole, stages, cfg, rows=4):
+    """Yield [(title, picture), ...] for a few images: image, each stage's prediction, label."""
+    folder, names = out / "predictions", [Path(n).with_suffix(".png") for n in whole.images.names]
+    shown = [i for i, name in enumerate(names) if all((folder / s / name).exists() for s in stages)]
+    few = np.linspace(0, len(shown) - 1, min(rows, len(shown)), dtype=int)
+    for i in (shown[j] for j in few):
+        row = [("image", whole.images.image(i))]
+        row += [(stage, read_image(folder / stage / names[i])) for stage in stages]
+        if whole.images.labelled:
+            row.append(("label", paint(whole.images.label(i), classes(cfg))))
+        yield row
 
 
 if __name__ == "__main__":

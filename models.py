@@ -21,9 +21,9 @@ from settings import classes
 
 
 class Segmenter(nn.Module):
-    """A backbone, a head whose output is f, and a classifier of f; `channels` are those of f.
+    """A backbone, a head whose output f has `channels`, and a classifier of f.
 
-    divisor: the backbone takes sides that are multiples of it; images are scaled to the nearest.
+    divisor: of the sides that the backbone takes; images are scaled to the nearest multiples.
     auxiliary: a second classifier, on the backbone's last output.
     """
 
@@ -94,11 +94,7 @@ def build_segmenter(network, num_classes, output_stride=8, channels=256, weights
         second = nn.Sequential(convs[0], nn.ReLU(), convs[1])
     model = Segmenter(backbone, head, classifier, divisor, second)
     if weights is not None and (weights != "imagenet" or not network.startswith("smp/")):
-        state = _imagenet_weights(network) if weights == "imagenet" else load_tensors(weights)
-        load_exactly(backbone, backbone_weights(state), weights)
-        if "Scale.conv1.weight" in state:
-            model.mean.copy_(torch.tensor(AUTHORS_BGR_MEAN[::-1])[:, None, None] / 255)
-            model.std.fill_(1 / 255)
+        _load_backbone(model, network, weights)
     return model
 
 
@@ -233,10 +229,9 @@ def recalibrate_batchnorm(model, batches):
     share = int(rank() == 0)  # without batches, all take the statistics of rank 0
     if len(batches):
         momenta = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.track_running_stats = True  # off in a teacher
+        for norm in norms:  # a teacher tracks nothing; without momentum it is a plain average
+            norm.track_running_stats, norm.momentum = True, None
             norm.reset_running_stats()
-            norm.momentum = None  # a cumulative average
             norm.train()
         share = 0
         for images in batches:
@@ -272,9 +267,8 @@ def load_segmenter(path, cfg, which="student"):
         raise UserError(f"{path}: {fault}: {', '.join(trained)}")
     if which not in saved:
         return None, saved
-    model = build_segmenter(
-        num_classes=len(trained), **saved["config"]["model"] | {"weights": None}
-    )
+    options = saved["config"]["model"] | {"weights": None}
+    model = build_segmenter(num_classes=len(trained), **options)
     load_exactly(model, saved[which], path)
     return model, saved
 
@@ -295,33 +289,35 @@ def load_exactly(module, state, origin):
     module.load_state_dict(state)
 
 
-def backbone_weights(state):
-    """Return a file's tensors under the names of its torchvision network, without classifier.
+def _load_backbone(model, network, weights):
+    """Load "imagenet" or a file into a Segmenter's backbone.
 
-    Three layouts are read: torchvision's; the old DeepLab one ("Scale." before every name, for BGR
-    images in 0 ... 255 minus a mean); ProDA's SimCLR one (torchvision's, under "state_dict").
+    A file's layout is torchvision's; the old DeepLab one ("Scale." before every name, for BGR
+    images in 0 ... 255 minus a mean); or ProDA's SimCLR one (torchvision's, under "state_dict").
     """
+    if weights == "imagenet":
+        source = torchvision.models.get_model_weights(network.removeprefix("deeplab_v2_"))
+        try:
+            state = source.IMAGENET1K_V1.get_state_dict(weights_only=True)
+        except OSError as error:
+            url = source.IMAGENET1K_V1.url
+            fault = f"model.weights: imagenet could not be downloaded from {url} ({error})"
+            remedy = "fetch that file where there is a network and give its path as model.weights"
+            raise UserError(f"{fault}; {remedy}") from error
+    else:
+        state = load_tensors(weights)
     state = state.get("state_dict", state)
-    caffe = "Scale.conv1.weight" in state
+    if "Scale.conv1.weight" in state:
+        state["Scale.conv1.weight"] = state["Scale.conv1.weight"].flip(1)
+        model.mean.copy_(torch.tensor(AUTHORS_BGR_MEAN[::-1])[:, None, None] / 255)
+        model.std.fill_(1 / 255)
     state = {k.removeprefix("module.").removeprefix("Scale."): v for k, v in state.items()}
     others = ("fc.", "classifier.", "features.18.", "layer5.")
     state = {key: value for key, value in state.items() if not key.startswith(others)}
-    if caffe:
-        state["conv1.weight"] = state["conv1.weight"].flip(1)
     norms = [key.removesuffix("running_var") for key in state if key.endswith("running_var")]
     # old PyTorch versions did not count batches
-    return {f"{norm}num_batches_tracked": torch.tensor(0) for norm in norms} | state
-
-
-def _imagenet_weights(network):
-    name = network.removeprefix("deeplab_v2_")
-    weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
-    try:
-        return weights.get_state_dict(weights_only=True)
-    except OSError as error:
-        fault = f"imagenet could not be downloaded from {weights.url} ({error})"
-        remedy = "fetch that file where there is a network and give its path as model.weights"
-        raise UserError(f"model.weights: {fault}; {remedy}") from error
+    counts = {f"{norm}num_batches_tracked": torch.tensor(0) for norm in norms}
+    load_exactly(model.backbone, counts | state, weights)
 
 
 AUTHORS_BGR_MEAN = (104.00698793, 116.66876762, 122.67891434)
@@ -340,10 +336,9 @@ AUTHORS_KEYS = {
 
 
 def from_authors(state):
-    """Return the state dict of the authors' released DeepLab-V2 (student.pth) under our names.
+    """Return the authors' released student.pth as a state dict of ours that computes the same.
 
-    Their network takes BGR images in 0 ... 255, minus a mean, divided by 128; the result takes RGB
-    in [0, 1] and computes the same.
+    Their network takes BGR images in 0 ... 255, minus a mean, divided by 128.
     """
     ours = {}
     for key, value in state.items():

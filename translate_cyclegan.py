@@ -7,7 +7,6 @@ classes, so that the source's labels stay valid for the translated image. Only G
 is used afterwards.
 """
 
-import itertools
 from pathlib import Path
 
 import torch
@@ -82,7 +81,7 @@ def train(run, source):
     judge_target, judge_source = map(run.parallel, judges)
     crops = loader(run, StackDataset(**crops), first * batch_size, size)
     for step, parts in run.steps(crops, first, total, state):
-        for group in itertools.chain(optimizer.param_groups, judges_optimizer.param_groups):
+        for group in (*optimizer.param_groups, *judges_optimizer.param_groups):
             group["lr"] = options.lr * min(1, 2 * (1 - step / total))
         places = torch.randint(2 * POOL, (2, batch_size))  # in the pools; the same in all processes
         for k, batch in enumerate(parts):
@@ -186,9 +185,10 @@ class Pool(nn.Module):
 # ---------------------------------------------------------------- networks
 
 
-def normed(conv, activation):
-    """Return a convolution, its instance norm and an activation, as a list."""
-    return [conv, nn.InstanceNorm2d(conv.out_channels), activation]
+def layer(conv, reflect=0, activation=None):
+    """Return a list: reflection padding, if any, a convolution, instance norm, ReLU by default."""
+    padding = [nn.ReflectionPad2d(reflect)] if reflect else []
+    return [*padding, conv, nn.InstanceNorm2d(conv.out_channels), activation or nn.ReLU()]
 
 
 class ResidualBlock(nn.Module):
@@ -196,10 +196,8 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        first, second = (nn.Conv2d(channels, channels, 3) for _ in range(2))
-        layers = [nn.ReflectionPad2d(1), *normed(first, nn.ReLU())]
-        layers += [nn.ReflectionPad2d(1), second, nn.InstanceNorm2d(channels)]
-        self.conv_block = nn.Sequential(*layers)
+        first, second = (layer(nn.Conv2d(channels, channels, 3), 1) for _ in range(2))
+        self.conv_block = nn.Sequential(*first, *second[:-1])
 
     def forward(self, x):
         return x + self.conv_block(x)
@@ -213,12 +211,12 @@ class Generator(nn.Module):
 
     def __init__(self, filters=64, blocks=9):
         super().__init__()
-        layers = [nn.ReflectionPad2d(3), *normed(nn.Conv2d(3, filters, 7), nn.ReLU())]
+        layers = layer(nn.Conv2d(3, filters, 7), 3)
         for width in (filters, 2 * filters):
-            layers += normed(nn.Conv2d(width, 2 * width, 3, 2, 1), nn.ReLU())
+            layers += layer(nn.Conv2d(width, 2 * width, 3, 2, 1))
         layers += [ResidualBlock(4 * filters) for _ in range(blocks)]
         for width in (4 * filters, 2 * filters):
-            layers += normed(nn.ConvTranspose2d(width, width // 2, 3, 2, 1, 1), nn.ReLU())
+            layers += layer(nn.ConvTranspose2d(width, width // 2, 3, 2, 1, 1))
         layers += [nn.ReflectionPad2d(3), nn.Conv2d(filters, 3, 7), nn.Tanh()]
         self.model = nn.Sequential(*layers)
 
@@ -229,8 +227,7 @@ class Generator(nn.Module):
     def from_file(cls, path):
         """Return the generator in a translator.pth or latest_net_G_A.pth. Raises UserError."""
         saved = load_tensors(path)
-        state = saved.get("generator", saved)
-        state = {key.removeprefix("module."): value for key, value in state.items()}
+        state = {k.removeprefix("module."): v for k, v in saved.get("generator", saved).items()}
         blocks = len({key.split(".")[1] for key in state if ".conv_block." in key})
         if "model.1.weight" not in state or not blocks:
             fault = "no CycleGAN ResNet generator (there is no model.1.weight)"
@@ -249,7 +246,8 @@ class Discriminator(nn.Sequential):
     def __init__(self, filters=64):
         layers = [nn.Conv2d(3, filters, 4, 2, 1), nn.LeakyReLU(0.2)]
         for width, stride in ((filters, 2), (2 * filters, 2), (4 * filters, 1)):
-            layers += normed(nn.Conv2d(width, 2 * width, 4, stride, 1), nn.LeakyReLU(0.2))
+            conv = nn.Conv2d(width, 2 * width, 4, stride, 1)
+            layers += layer(conv, activation=nn.LeakyReLU(0.2))
         super().__init__(*layers, nn.Conv2d(8 * filters, 1, 4, 1, 1))
 
     def forward(self, images):
@@ -272,26 +270,21 @@ DECODER = [*(f"model.0.{name}" for name in BLOCKS), "model.2", "model.4", "model
 class AuthorsGenerator(nn.Module):
     """The DiGA authors' translator: (B, 3, H, W) -> (B, 3, H, W), RGB in [0, 1].
 
-    H and W are multiples of 4. After MUNIT: an encoder (a 7x7 convolution, two of 4x4 and stride 2,
-    4 residual blocks) and a decoder (4 residual blocks, twice upsampling and a 5x5 convolution,
-    7x7). Their files hold convolutions alone; the norms between them are taken as instance norms.
+    H and W are multiples of 4. After MUNIT. Their files, enc_s.pth and dec_s2t.pth, hold
+    convolutions alone; the norms between them are taken as instance norms.
     """
 
     def __init__(self, filters=64):
         super().__init__()
         mean = torch.tensor(AUTHORS_BGR_MEAN[::-1])[:, None, None] / 255
         self.register_buffer("mean", mean, persistent=False)
-
-        def layer(inputs, outputs, kernel, stride=1):
-            conv = nn.Conv2d(inputs, outputs, kernel, stride)
-            return [nn.ReflectionPad2d((kernel - 1) // 2), *normed(conv, nn.ReLU())]
-
         wide = 4 * filters
-        encoder, decoder = layer(3, filters, 7), [ResidualBlock(wide) for _ in range(4)]
+        encoder = layer(nn.Conv2d(3, filters, 7), 3)
+        decoder = [ResidualBlock(wide) for _ in range(4)]
         for width in (filters, 2 * filters):
-            encoder += layer(width, 2 * width, 4, 2)
+            encoder += layer(nn.Conv2d(width, 2 * width, 4, 2), 1)
         for width in (wide, wide // 2):
-            decoder += [nn.Upsample(scale_factor=2), *layer(width, width // 2, 5)]
+            decoder += [nn.Upsample(scale_factor=2), *layer(nn.Conv2d(width, width // 2, 5), 2)]
         self.encoder = nn.Sequential(*encoder, *(ResidualBlock(wide) for _ in range(4)))
         last = nn.Conv2d(filters, 3, 7)
         self.decoder = nn.Sequential(*decoder, nn.ReflectionPad2d(3), last, nn.Tanh())
@@ -301,26 +294,22 @@ class AuthorsGenerator(nn.Module):
         rgb = self.decoder(self.encoder(bgr)).float().flip(1)
         return (rgb * (128 / 255) + self.mean).clamp(0, 1)
 
-    @classmethod
-    def from_folder(cls, folder):
-        """Return the generator in a folder's enc_s.pth and dec_s2t.pth. Raises UserError."""
-        files = {"encoder": ("enc_s.pth", ENCODER), "decoder": ("dec_s2t.pth", DECODER)}
-        states = {part: load_tensors(Path(folder) / file) for part, (file, _) in files.items()}
-        first = states["encoder"].get("model.0.conv.weight")
-        generator = cls(64 if first is None else first.shape[0])
-        for part, (file, names) in files.items():
-            module = getattr(generator, part)
-            theirs = [f"{name}.conv.{kind}" for name in names for kind in ("weight", "bias")]
-            ours = dict(zip(theirs, module.state_dict(), strict=True))
-            state = {ours.get(key, f"? {key}"): value for key, value in states[part].items()}
-            load_exactly(module, state, Path(folder) / file)
-        return generator
-
 
 def load_generator(path):
-    """Return the generator that translation.weights names: a file, or the authors' folder."""
-    is_folder = Path(path).is_dir()
-    return AuthorsGenerator.from_folder(path) if is_folder else Generator.from_file(path)
+    """Return the generator in a file, or the authors' in a folder. Raises UserError."""
+    if not Path(path).is_dir():
+        return Generator.from_file(path)
+    files = {"encoder": ("enc_s.pth", ENCODER), "decoder": ("dec_s2t.pth", DECODER)}
+    states = {part: load_tensors(Path(path) / file) for part, (file, _) in files.items()}
+    first = states["encoder"].get("model.0.conv.weight")
+    generator = AuthorsGenerator(64 if first is None else first.shape[0])
+    for part, (file, names) in files.items():
+        module = getattr(generator, part)
+        theirs = [f"{name}.conv.{kind}" for name in names for kind in ("weight", "bias")]
+        ours = dict(zip(theirs, module.state_dict(), strict=True))
+        state = {ours.get(key, f"? {key}"): value for key, value in states[part].items()}
+        load_exactly(module, state, Path(path) / file)
+    return generator
 
 
 if __name__ == "__main__":
