@@ -44,7 +44,13 @@ def main():
     args = parser.parse_intermixed_args()
     cfg = configuration(args)
     run = Run(cfg, "evaluate", "evaluation")
-    paths = [find(path, cfg) for path in args.weights or finished(run.folder)]
+    stages = {path.stem for path in run.folder.glob("*.pth")} - {"translator"}
+    stages = sorted(stage for stage in stages if not stage.endswith(".unfinished"))
+    stages.sort(key=[*STAGES, *stages].index)
+    if not (args.weights or stages):
+        remedy = "run warmup.py first, or give --weights"
+        raise UserError(f"{run.folder}: holds no trained network; {remedy}")
+    paths = [find(path, cfg) for path in args.weights or [f"{stage}.pth" for stage in stages]]
     if world() > 1 and (args.export or Path(args.images or "").is_file()):
         raise UserError("--export and videos are for one process; leave torchrun out")
     if args.export:
@@ -69,16 +75,6 @@ def configuration(args):
     folder = Path(args.weights[0]).resolve().parent  # a checkpoint does not say where to write
     place = {"output": str(folder.parent), "name": folder.name}
     return load_saved(saved["config"] | place, args.overrides, args.weights[0])
-
-
-def finished(folder):
-    """Return the file names of a run's networks in the table's order. Raises UserError if none."""
-    stages = {path.stem for path in folder.glob("*.pth")} - {"translator"}
-    stages = sorted(stage for stage in stages if not stage.endswith(".unfinished"))
-    if not stages:
-        remedy = "run warmup.py first, or give --weights"
-        raise UserError(f"{folder}: holds no trained network; {remedy}")
-    return [f"{stage}.pth" for stage in sorted(stages, key=[*STAGES, *stages].index)]
 
 
 def what_to_segment(cfg, path=None):
@@ -124,14 +120,16 @@ def evaluate(run, path, datasets, out, args):
         scores["weights"] = "best_on_val" if path.stem.endswith("_best_on_val") else "last"
         scores["step"] = saved.get("step")
         if rank() == 0:
-            record(run.folder / "results.json", stage, scores)
+            file = run.folder / "results.json"
+            results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+            text = json.dumps(scores)
+            results[stage] = json.loads(text, parse_float=lambda digits: round(float(digits), 3))
+            order = sorted(results, key=[*STAGES, *results].index)
+            write_text(file, json.dumps({name: results[name] for name in order}, indent=1) + "\n")
 
 
 def segment(run, model, whole, key, out=None, stage=None, pictured=(), ids=False):
-    """Return the scores of a model on labelled images, {} on others.
-
-    Pictures of the images numbered `pictured` go to out/KIND/stage; with `ids`, label values too.
-    """
+    """Return a model's scores on labelled images, else {}; write those numbered `pictured`."""
     cfg, names, scored = run.cfg, classes(run.cfg), whole.images.labelled
     matrix = ConfusionMatrix(len(names), run.device)
     how = cfg.evaluation.scales, cfg.evaluation.tile
@@ -174,8 +172,7 @@ def export(model, cfg, path):
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
-        message = f"--export {path} needs `pip install onnx onnxscript onnxruntime`"
-        raise UserError(message) from error
+        raise UserError("--export needs `pip install onnx onnxscript onnxruntime`") from error
 
     class Network(torch.nn.ModuleDict):
         def forward(self, image):
@@ -209,21 +206,13 @@ def export(model, cfg, path):
     print(f"{path}: image (1, 3, H, W), RGB in [0, 1] -> logits (1, {len(names)}, H, W)")
 
 
-def record(path, stage, entry):
-    """Put a stage's scores into results.json, rounded, beside those of other stages."""
-    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    results[stage] = json.loads(json.dumps(entry), parse_float=lambda x: round(float(x), 3))
-    order = sorted(results, key=[*STAGES, *results].index)
-    write_text(path, json.dumps({name: results[name] for name in order}, indent=1) + "\n")
-
-
 def table(results, names):
     """Return the results as a Markdown table, a row per stage."""
     means = sorted({key for entry in results.values() for key in entry if key.startswith("miou_")})
     rows = [["", "mIoU", *means, "accuracy", "teacher", *names]]
     for stage, entry in results.items():
-        figures = [entry.get(key) for key in ("miou", *means, "pixel_accuracy", "teacher_miou")]
-        figures += [entry["iou"].get(name) for name in names]
+        keys = ("miou", *means, "pixel_accuracy", "teacher_miou")
+        figures = [*map(entry.get, keys), *map(entry["iou"].get, names)]
         rows.append([stage, *("-" if x is None else f"{x:.1f}" for x in figures)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])

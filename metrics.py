@@ -30,8 +30,7 @@ class ConfusionMatrix:
         """Count integers of one shape; pixels with a label of K or more (255) are left out."""
         k = len(self.counts)
         pairs = torch.where(labels < k, labels * k + predictions, k * k)
-        counts = torch.bincount(pairs.flatten(), minlength=k * k + 1)
-        self.counts += counts[:-1].view(k, k)
+        self.counts += torch.bincount(pairs.flatten(), minlength=k * k + 1)[:-1].view(k, k)
 
     def scores(self, names, subsets=None, dataset="val"):
         """Return percentages over all processes: miou, pixel_accuracy, iou, miou_KEY of a subset.
@@ -119,7 +118,7 @@ def validate(run, step, images, recalibration, student, teacher):
 
     Works on copies with recalibrated batch norm: training goes on as if without validation.
     """
-    names, mious = list(classes(run.cfg)), {}
+    names, figures = list(classes(run.cfg)), {}
     whole = Whole(images, run.cfg.val.size)
     for name, model in (("student", student), ("teacher", teacher)):
         model = copy.deepcopy(model)
@@ -128,9 +127,9 @@ def validate(run, step, images, recalibration, student, teacher):
         matrix = ConfusionMatrix(len(names), run.device)
         for sample, prediction, _ in predictions(run, model, whole, [1.0]):
             matrix.update(run.fetch(sample["label"]), prediction)
-        miou = mious[name] = matrix.scores(names)["miou"]
+        miou = matrix.scores(names)["miou"]
+        figures[f"val_miou_{name}"] = round(miou, 4)
         best = run.folder / f"{run.stage}_best_on_val.pth"
         if name == "student" and not (best.exists() and load_tensors(best)["miou"] >= miou):
             run.save(best, step, {"student": model}, miou=miou)
-    figures = {f"val_miou_{name}": round(miou, 4) for name, miou in mious.items()}
     write_log(run.folder, run.stage, step=step, **figures)

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.config import Config, UserError
 from engine.files import load_tensors
@@ -21,10 +20,9 @@ from settings import classes
 
 
 class Segmenter(nn.Module):
-    """A backbone, a head whose output f has `channels`, and a classifier of f.
+    """A backbone, a head (output f, of `channels`), classifiers of f and of the backbone's output.
 
     divisor: of the sides that the backbone takes; images are scaled to the nearest multiples.
-    auxiliary: a second classifier, on the backbone's last output.
     """
 
     def __init__(self, backbone, head, classifier, divisor=1, auxiliary=None):
@@ -49,10 +47,7 @@ class Segmenter(nn.Module):
 
 
 class Head(nn.Module):
-    """DeepLab-V2 head with squeeze-excite, as in ProDA: (B, backbone_channels, h, w) -> f.
-
-    channels: those of f, a multiple of 32 (group norm).
-    """
+    """DeepLab-V2 head with squeeze-excite, as in ProDA; f has a multiple of 32 channels."""
 
     def __init__(self, backbone_channels, channels, dilations=(6, 12, 18, 24), dropout=0.1):
         super().__init__()
@@ -88,11 +83,10 @@ def build_segmenter(network, num_classes, output_stride=8, channels=256, weights
         backbone, deepest = _backbone(network, output_stride)
         head, divisor = Head(deepest, channels), 1
         classifier = nn.Conv2d(channels, num_classes, 1, bias=False)
-    second = None
     if auxiliary:
-        convs = nn.Conv2d(deepest, 256, 3, padding=1), nn.Conv2d(256, num_classes, 1)
-        second = nn.Sequential(convs[0], nn.ReLU(), convs[1])
-    model = Segmenter(backbone, head, classifier, divisor, second)
+        first = nn.Conv2d(deepest, 256, 3, padding=1)
+        auxiliary = nn.Sequential(first, nn.ReLU(), nn.Conv2d(256, num_classes, 1))
+    model = Segmenter(backbone, head, classifier, divisor, auxiliary or None)
     if weights is not None and (weights != "imagenet" or not network.startswith("smp/")):
         _load_backbone(model, network, weights)
     return model
@@ -113,8 +107,7 @@ def _smp(name, num_classes, weights):
         model = smp.create_model(architecture, encoder, pretrained, classes=num_classes, **more)
     except Exception as error:  # of a dozen types: an unknown name, no network to download from
         reason = " ".join(str(error).split())[:200]
-        message = f"model.network = {name} with model.weights = {weights}: {reason}"
-        raise UserError(message) from error
+        raise UserError(f"model.network = {name}, model.weights = {weights}: {reason}") from error
     head = model.segmentation_head
     classifier = head.head if hasattr(head, "head") else head[0]  # without the final upsampling
     return model.encoder, model.decoder, classifier, 32  # encoders halve an image 5 times at most
@@ -149,7 +142,7 @@ def _layers(module, kind):
     return [layer for layer in module.modules() if isinstance(layer, kind)]
 
 
-# ---------------------------------------------------------------- optimizer
+# ---------------------------------------------------------------- optimizer and teacher
 
 
 class AdamW(torch.optim.AdamW):
@@ -163,10 +156,7 @@ class AdamW(torch.optim.AdamW):
 
 
 def build_optimizer(model, name, lr_backbone, lr_head, momentum, weight_decay, **_):
-    """Return SGD or AdamW with a group for the backbone and one for the rest.
-
-    Each group keeps its base rate as `base_lr`. lr_backbone = 0 freezes the backbone.
-    """
+    """Return SGD or AdamW with a group for the backbone (frozen at rate 0) and one for the rest."""
     if lr_backbone == 0:
         model.backbone.requires_grad_(False)
     trained, groups = [(n, p) for n, p in model.named_parameters() if p.requires_grad], []
@@ -190,13 +180,10 @@ def set_learning_rate(optimizer, step, total, power, warmup, **_):
         group["lr"] = poly_lr(group["base_lr"], step, total, power) * rise
 
 
-# ---------------------------------------------------------------- teacher
-
-
 def make_teacher(student):
     """Return T, a frozen copy of S that uses batch statistics and moves none, without dropout."""
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
-    for norm in _layers(teacher, _BatchNorm):
+    for norm in _layers(teacher, nn.modules.batchnorm._BatchNorm):
         norm.track_running_stats = False
         norm.train()
     return teacher
@@ -213,19 +200,18 @@ def ema_update(teacher, student, step, limit=0.999):
     weight = 1 - ema_decay(step, limit)
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), weight)
     for dtype in {buffer.dtype for buffer in student.buffers()}:  # of one dtype: one kernel
-        ours, theirs = ([b for b in n.buffers() if b.dtype == dtype] for n in (teacher, student))
-        torch._foreach_copy_(ours, theirs)
+        pair = ([b for b in net.buffers() if b.dtype == dtype] for net in (teacher, student))
+        torch._foreach_copy_(*pair)
 
 
 @torch.no_grad()
 def recalibrate_batchnorm(model, batches):
     """Set batch norm's running statistics to their plain average over batches; end in eval mode.
 
-    batches: iterating yields this process's images, (B, 3, H, W); len() counts those of all
-    processes. All processes end with the same statistics.
+    batches: yield this process's images (B, 3, H, W); their len() is that of all processes.
     """
     model.eval()
-    norms = _layers(model, _BatchNorm)
+    norms = _layers(model, nn.modules.batchnorm._BatchNorm)
     share = int(rank() == 0)  # without batches, all take the statistics of rank 0
     if len(batches):
         momenta = [norm.momentum for norm in norms]
@@ -251,20 +237,16 @@ def recalibrate_batchnorm(model, batches):
 
 
 def load_segmenter(path, cfg, which="student"):
-    """Return a checkpoint's student or teacher (or None), on the CPU, and the checkpoint's entries.
-
-    The authors' released student is read too. Raises UserError for another file, or other classes.
-    """
+    """Return a checkpoint's network `which` (or None), on the CPU, and entries. Raises UserError."""
     saved = load_tensors(path)
-    if "layer0.0.weight" in saved:
+    if "layer0.0.weight" in saved:  # the authors' released student
         config = {"classes": cfg.classes, "model": {"network": "deeplab_v2_resnet101"}}
         saved = {"student": from_authors(saved), "config": config}
     if not {"student", "config"} <= saved.keys():
         raise UserError(f"{path}: holds no segmentation network of warmup.py or selftrain.py")
     trained = list(classes(Config(saved["config"])))
     if trained != list(classes(cfg)):
-        fault = "was trained for other classes than the configuration's"
-        raise UserError(f"{path}: {fault}: {', '.join(trained)}")
+        raise UserError(f"{path}: was trained for other classes: {', '.join(trained)}")
     if which not in saved:
         return None, saved
     options = saved["config"]["model"] | {"weights": None}
@@ -331,20 +313,16 @@ AUTHORS_KEYS = {
     "final.bottleneck.1.": "head.project.0.",
     "final.bottleneck.2.": "head.project.1.",
     "final.head.1.": "classifier.",
-    "": "",
 }
 
 
 def from_authors(state):
-    """Return the authors' released student.pth as a state dict of ours that computes the same.
-
-    Their network takes BGR images in 0 ... 255, minus a mean, divided by 128.
-    """
+    """Return the authors' student.pth (BGR in 0 ... 255, minus a mean, over 128) in our layout."""
     ours = {}
     for key, value in state.items():
-        theirs = next(prefix for prefix in AUTHORS_KEYS if key.startswith(prefix))
+        theirs = next((prefix for prefix in AUTHORS_KEYS if key.startswith(prefix)), "")
         linear = ".se." in key and value.dim() == 2
-        name = AUTHORS_KEYS[theirs] + key.removeprefix(theirs)
+        name = AUTHORS_KEYS.get(theirs, "") + key.removeprefix(theirs)
         ours[name] = value[..., None, None] if linear else value
     ours["backbone.conv1.weight"] = ours["backbone.conv1.weight"].flip(1)
     ours["mean"] = torch.tensor(AUTHORS_BGR_MEAN[::-1])[:, None, None] / 255

@@ -2,9 +2,8 @@
 
 python translate_cyclegan.py --cfg config.yaml
 
-A CycleGAN (Zhu et al., ICCV 2017) with a loss that keeps images as they are at borders between
-classes, so that the source's labels stay valid for the translated image. Only G: source -> target
-is used afterwards.
+A CycleGAN (Zhu et al., ICCV 2017) with a loss that keeps borders between classes where they are, so
+that the source's labels stay valid. Only G: source -> target is used afterwards.
 """
 
 from pathlib import Path
@@ -62,13 +61,11 @@ def train(run, source):
     generators = [Generator(options.filters, options.blocks).apply(init_gan) for _ in range(2)]
     to_target, to_source = map(run.place, generators)
     discriminators = [Discriminator(options.filters).apply(init_gan) for _ in range(2)]
-    is_target, is_source = map(run.place, discriminators)
+    judges = is_target, is_source = nn.ModuleList(map(run.place, discriminators))
     pool_target, pool_source = (run.place(Pool(options.crop)) for _ in range(2))
-    judges = nn.ModuleList([is_target, is_source])
-    trained = [*to_target.parameters(), *to_source.parameters()]
     # fused on a GPU: with another Adam, the scaler of fp16 reads back in every step
     adam = {"lr": options.lr, "betas": (0.5, 0.999), "fused": run.device.type == "cuda"}
-    optimizer = torch.optim.Adam(trained, **adam)
+    optimizer = torch.optim.Adam([*to_target.parameters(), *to_source.parameters()], **adam)
     judges_optimizer = torch.optim.Adam(judges.parameters(), **adam)
     state = {"generator": to_target, "back": to_source, "judges": judges}
     state |= {"pool_target": pool_target, "pool_source": pool_source}
@@ -115,11 +112,10 @@ def train(run, source):
             run.log(loss=loss, adversarial=adversarial, cycle=cycle, identity=identity, edge=edge)
             run.log(judges=judged, lr=optimizer.param_groups[0]["lr"])
 
-        run.scaler.step(optimizer)
-        run.scaler.step(judges_optimizer)
+        for each in (optimizer, judges_optimizer):
+            run.scaler.step(each)
+            each.zero_grad()
         run.scaler.update()
-        optimizer.zero_grad()
-        judges_optimizer.zero_grad()
         if run.shows:
             pictures = {"source_image": source, "translated": fake_target}
             pictures |= {"back_again": cycled_source, "target_image": target}
@@ -133,8 +129,8 @@ def write(run, generator, source, weights):
     folder, made = run.folder / "translated", Path(weights).stat().st_mtime
     paths = [folder / name for name in source.names]
     todo = [i for i, path in enumerate(paths) if not path.exists() or path.stat().st_mtime < made]
-    todo = decided_by_first(lambda: todo)  # before another process writes one of them
-    images = loader(run, Subset(Whole(source), todo))
+    # by rank 0, before another process writes one of them
+    images = loader(run, Subset(Whole(source), decided_by_first(lambda: todo)))
     with image_writer() as write_image:
         for sample in progress(images, desc="translated", unit="img"):
             image, (height, width) = run.fetch(sample["image"])[None], sample["shape"]
@@ -144,9 +140,6 @@ def write(run, generator, source, weights):
             image = image[0, :, :height, :width].mul(255).round().byte().permute(1, 2, 0)
             write_image(paths[sample["index"]], image.cpu().numpy())
     print(f"translator: {len(paths)} translated images are in {folder}")
-
-
-# ---------------------------------------------------------------- losses and the image pool
 
 
 def least_squares(scores, wanted):
@@ -169,8 +162,7 @@ class Pool(nn.Module):
     def exchange(self, images, number, places):
         """Return images (B, 3, H, W), half of which come from the pool once it is full.
 
-        number: that of the first image in all processes, counted from the first step on.
-        places: (batch,) integers drawn for this step, one for each image of all processes.
+        number: how many images came before, in all processes. places: (batch,) integers, drawn.
         """
         answer, images, size = [], all_gather_rows(images), len(images)
         for n, image in enumerate(images, number):
@@ -223,22 +215,6 @@ class Generator(nn.Module):
     def forward(self, images):
         return (self.model(2 * images - 1).float() + 1) / 2
 
-    @classmethod
-    def from_file(cls, path):
-        """Return the generator in a translator.pth or latest_net_G_A.pth. Raises UserError."""
-        saved = load_tensors(path)
-        state = {k.removeprefix("module."): v for k, v in saved.get("generator", saved).items()}
-        blocks = len({key.split(".")[1] for key in state if ".conv_block." in key})
-        if "model.1.weight" not in state or not blocks:
-            fault = "no CycleGAN ResNet generator (there is no model.1.weight)"
-            raise UserError(f"{path}: {fault}; see translation.weights")
-        # old PyTorch versions saved statistics of instance norm, which nothing reads
-        unused = ("running_", "num_batches")
-        state = {k: v for k, v in state.items() if not any(part in k for part in unused)}
-        generator = cls(state["model.1.weight"].shape[0], blocks)
-        load_exactly(generator, state, path)
-        return generator
-
 
 class Discriminator(nn.Sequential):
     """70x70 PatchGAN: RGB (B, 3, H, W) in [0, 1] -> scores (B, 1, H / 8 - 2, W / 8 - 2)."""
@@ -261,33 +237,24 @@ def init_gan(module):
         nn.init.zeros_(module.bias)
 
 
-# the names of the convolutions in the authors' files, in order
-BLOCKS = [f"model.{block}.model.{conv}" for block in range(4) for conv in range(2)]
-ENCODER = ["model.0", "model.1", "model.2", *(f"model.3.{name}" for name in BLOCKS)]
-DECODER = [*(f"model.0.{name}" for name in BLOCKS), "model.2", "model.4", "model.5"]
-
-
 class AuthorsGenerator(nn.Module):
     """The DiGA authors' translator: (B, 3, H, W) -> (B, 3, H, W), RGB in [0, 1].
 
-    H and W are multiples of 4. After MUNIT. Their files, enc_s.pth and dec_s2t.pth, hold
-    convolutions alone; the norms between them are taken as instance norms.
+    H and W are multiples of 4. After MUNIT; instance norms are assumed, no file holds one.
     """
 
     def __init__(self, filters=64):
         super().__init__()
         mean = torch.tensor(AUTHORS_BGR_MEAN[::-1])[:, None, None] / 255
         self.register_buffer("mean", mean, persistent=False)
-        wide = 4 * filters
-        encoder = layer(nn.Conv2d(3, filters, 7), 3)
-        decoder = [ResidualBlock(wide) for _ in range(4)]
+        layers = layer(nn.Conv2d(3, filters, 7), 3)
         for width in (filters, 2 * filters):
-            encoder += layer(nn.Conv2d(width, 2 * width, 4, 2), 1)
-        for width in (wide, wide // 2):
-            decoder += [nn.Upsample(scale_factor=2), *layer(nn.Conv2d(width, width // 2, 5), 2)]
-        self.encoder = nn.Sequential(*encoder, *(ResidualBlock(wide) for _ in range(4)))
-        last = nn.Conv2d(filters, 3, 7)
-        self.decoder = nn.Sequential(*decoder, nn.ReflectionPad2d(3), last, nn.Tanh())
+            layers += layer(nn.Conv2d(width, 2 * width, 4, 2), 1)
+        layers += [ResidualBlock(4 * filters) for _ in range(8)]
+        for width in (4 * filters, 2 * filters):
+            layers += [nn.Upsample(scale_factor=2), *layer(nn.Conv2d(width, width // 2, 5), 2)]
+        layers += [nn.ReflectionPad2d(3), nn.Conv2d(filters, 3, 7), nn.Tanh()]
+        self.encoder, self.decoder = nn.Sequential(*layers[:16]), nn.Sequential(*layers[16:])
 
     def forward(self, images):
         bgr = (images - self.mean).flip(1) * (255 / 128)
@@ -296,19 +263,35 @@ class AuthorsGenerator(nn.Module):
 
 
 def load_generator(path):
-    """Return the generator in a file, or the authors' in a folder. Raises UserError."""
+    """Return the generator of a translator.pth or latest_net_G_A.pth, or of the authors' folder.
+
+    The folder holds enc_s.pth and dec_s2t.pth. Raises UserError.
+    """
     if not Path(path).is_dir():
-        return Generator.from_file(path)
-    files = {"encoder": ("enc_s.pth", ENCODER), "decoder": ("dec_s2t.pth", DECODER)}
-    states = {part: load_tensors(Path(path) / file) for part, (file, _) in files.items()}
-    first = states["encoder"].get("model.0.conv.weight")
+        saved = load_tensors(path)
+        state = {k.removeprefix("module."): v for k, v in saved.get("generator", saved).items()}
+        blocks = len({key.split(".")[1] for key in state if ".conv_block." in key})
+        if "model.1.weight" not in state or not blocks:
+            raise UserError(f"{path}: no CycleGAN ResNet generator; see translation.weights")
+        # old PyTorch versions saved statistics of instance norm, which nothing reads
+        unused = ("running_mean", "running_var", "num_batches_tracked")
+        state = {k: v for k, v in state.items() if not k.endswith(unused)}
+        generator = Generator(state["model.1.weight"].shape[0], blocks)
+        load_exactly(generator, state, path)
+        return generator
+    blocks = [f"model.{block}.model.{conv}" for block in range(4) for conv in range(2)]
+    encoder = ["model.0", "model.1", "model.2", *(f"model.3.{name}" for name in blocks)]
+    decoder = [*(f"model.0.{name}" for name in blocks), "model.2", "model.4", "model.5"]
+    files = [Path(path) / name for name in ("enc_s.pth", "dec_s2t.pth")]
+    states = [load_tensors(file) for file in files]
+    first = states[0].get("model.0.conv.weight")
     generator = AuthorsGenerator(64 if first is None else first.shape[0])
-    for part, (file, names) in files.items():
-        module = getattr(generator, part)
-        theirs = [f"{name}.conv.{kind}" for name in names for kind in ("weight", "bias")]
+    modules = generator.encoder, generator.decoder
+    for module, convs, state, file in zip(modules, (encoder, decoder), states, files, strict=True):
+        theirs = [f"{conv}.conv.{kind}" for conv in convs for kind in ("weight", "bias")]
         ours = dict(zip(theirs, module.state_dict(), strict=True))
-        state = {ours.get(key, f"? {key}"): value for key, value in states[part].items()}
-        load_exactly(module, state, Path(path) / file)
+        renamed = {ours.get(key, f"? {key}"): value for key, value in state.items()}
+        load_exactly(module, renamed, file)
     return generator
 
 
