@@ -237,7 +237,7 @@ def recalibrate_batchnorm(model, batches):
 
 
 def load_segmenter(path, cfg, which="student"):
-    """Return a checkpoint's network `which` (or None), on the CPU, and entries. Raises UserError."""
+    """Return a checkpoint's student or teacher (else None), and the checkpoint. Raises UserError."""
     saved = load_tensors(path)
     if "layer0.0.weight" in saved:  # the authors' released student
         config = {"classes": cfg.classes, "model": {"network": "deeplab_v2_resnet101"}}
@@ -272,10 +272,9 @@ def load_exactly(module, state, origin):
 
 
 def _load_backbone(model, network, weights):
-    """Load "imagenet" or a file into a Segmenter's backbone.
+    """Load "imagenet", or a file in torchvision's layout or one of two that are based on it.
 
-    A file's layout is torchvision's; the old DeepLab one ("Scale." before every name, for BGR
-    images in 0 ... 255 minus a mean); or ProDA's SimCLR one (torchvision's, under "state_dict").
+    These are old DeepLab's ("Scale." first; for BGR in 0 ... 255 less a mean) and ProDA's SimCLR's.
     """
     if weights == "imagenet":
         source = torchvision.models.get_model_weights(network.removeprefix("deeplab_v2_"))

@@ -222,8 +222,7 @@ class Discriminator(nn.Sequential):
     def __init__(self, filters=64):
         layers = [nn.Conv2d(3, filters, 4, 2, 1), nn.LeakyReLU(0.2)]
         for width, stride in ((filters, 2), (2 * filters, 2), (4 * filters, 1)):
-            conv = nn.Conv2d(width, 2 * width, 4, stride, 1)
-            layers += layer(conv, activation=nn.LeakyReLU(0.2))
+            layers += layer(nn.Conv2d(width, 2 * width, 4, stride, 1), 0, nn.LeakyReLU(0.2))
         super().__init__(*layers, nn.Conv2d(8 * filters, 1, 4, 1, 1))
 
     def forward(self, images):
