@@ -237,7 +237,7 @@ def recalibrate_batchnorm(model, batches):
 
 
 def load_segmenter(path, cfg, which="student"):
-    """Return a checkpoint's student or teacher (else None), and the checkpoint. Raises UserError."""
+    """Return a checkpoint's student or teacher (else None), and its entries. Raises UserError."""
     saved = load_tensors(path)
     if "layer0.0.weight" in saved:  # the authors' released student
         config = {"classes": cfg.classes, "model": {"network": "deeplab_v2_resnet101"}}
