@@ -591,6 +591,7 @@ def test_compiled_networks_train_alike(dataset, run, monkeypatch):
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_the_stages_on_a_gpu(run, precision):

@@ -28,7 +28,7 @@ from engine.command import arguments, command
 from engine.config import UserError, plain
 from engine.files import write_text
 from engine.folder import environment, memory_gb
-from engine.images import write_image
+from engine.images import image_writer
 from engine.run import Run
 from losses import Centroids, upsample
 from metrics import at_scales, predictions
@@ -92,14 +92,14 @@ def make_files(cfg, folder, count=4):
     """Write `count` random images and labels of each domain; return overrides that use them."""
     rng, full = np.random.default_rng(0), cfg.target.sizes[-1]
     sizes = {"source": cfg.source.sizes[-1], "target": full, "val": cfg.val.size or full}
-    for domain, size in sizes.items():
-        for i in range(count):
+    with image_writer() as write:
+        for (domain, size), i in itertools.product(sizes.items(), range(count)):
             coarse = rng.integers(0, len(classes(cfg)), (12, 20)).astype(np.uint8)
             label = cv2.resize(coarse, size[::-1], interpolation=cv2.INTER_NEAREST)
             shades = cv2.resize(rng.integers(0, 256, (60, 100, 3)).astype(np.uint8), size[::-1])
             noise = rng.integers(0, 12, (*size, 3)).astype(np.uint8)
-            write_image(f"{folder}/{domain}/images/{i}.png", cv2.add(shades, noise))
-            write_image(f"{folder}/{domain}/labels/{i}.png", label)
+            write(f"{folder}/{domain}/images/{i}.png", cv2.add(shades, noise))
+            write(f"{folder}/{domain}/labels/{i}.png", label)
     overrides = [f"output={folder}", f"translation.images={folder}/source/images"]
     for domain in sizes:
         keys = (f"root={folder}/{domain}", "layout=folder", "split=null", "ids=index", "list=null")

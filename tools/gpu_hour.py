@@ -1,0 +1,372 @@
+"""The first hour on a GPU: its tests, the time and memory of every stage. Leaves gpu.json.
+
+    bash tools/gpu_hour.sh                      # what matters most, in 5 minutes
+    bash tools/gpu_hour.sh --all --minutes 60   # other configurations and precisions, two GPUs
+    python -m tools.gpu_hour --table gpu.json   # prints the tables for docs/performance.md again
+
+A row is printed and written as soon as it is measured. A row that fails has the reason in a note.
+The same command measures only what gpu.json lacks, if GPU, PyTorch and commit are the same.
+"compile: auto" in a configuration reads gpu.json: see compilation_pays in engine/device.py.
+"""
+
+import argparse
+import functools
+import gc
+import itertools
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import translate_cyclegan
+from datasets import Images
+from engine import signals
+from engine.command import command
+from engine.config import UserError
+from engine.device import MEASURED
+from engine.files import write_text
+from engine.folder import environment
+from engine.run import Run
+from losses import probability_labels, supervised_loss, symmetric_distillation
+from metrics import sliding_window
+from models import build_segmenter
+from settings import classes, load_config
+from tools import bench
+
+MAIN, STAGES, MODES = "config.yaml", ("warmup", "selftrain"), ("eager", "compiled")
+SETTLE = 4  # steps before those that are measured
+CORES = min(os.cpu_count(), 16)  # loader workers
+FILES = 32  # images of each domain, where images per second are measured
+LARGE = (2160, 3840)
+
+
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("--minutes", type=float, default=5, help="skip rows that would end later (%(default)s)")
+    add("--all", action="store_true", help="measure the optional rows too")
+    add("--only", default="", metavar="TEXT", help="measure rows with this in their name, again")
+    add("--steps", type=int, default=20, help="repetitions of a measurement (%(default)s)")
+    add("--out", default=MEASURED, metavar="FILE", help="the JSON file to write (gpu.json)")
+    add("--table", metavar="FILE", help="print the tables of this JSON file, measure nothing")
+    args = parser.parse_args()
+    if args.table:
+        return print_tables(json.loads(Path(args.table).read_text(encoding="utf-8")))
+    if not torch.cuda.is_available():
+        raise UserError("PyTorch finds no GPU here; python -m tools.bench measures a CPU")
+    gpu = environment(torch.device("cuda")) | {"driver": driver(), "compile": None, "rows": {}}
+    if Path(args.out).exists():
+        found = json.loads(Path(args.out).read_text(encoding="utf-8"))
+        if all(found.get(key) == gpu[key] for key in ("device", "torch", "commit")):
+            gpu["rows"] = found["rows"]
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        for table, name, seconds, measure in rows(Hour(folder, args.steps, gpu["rows"])):
+            known = "note" not in gpu["rows"].get(name, {"note": None})
+            wanted = args.only in name if args.only else not known and (seconds or args.all)
+            if not wanted:
+                continue
+            found = gpu["rows"][name] = {"table": table}
+            if time.monotonic() - began + (seconds or 60) > 60 * args.minutes:
+                found["note"] = f"skipped: it would end after --minutes {args.minutes:g}"
+            else:
+                attempt(measure, found)
+            print(f"{name}: {', '.join(f'{k} {_text(v)}' for k, v in found.items())}", flush=True)
+            gpu["compile"] = compiled_is_faster(gpu["rows"])
+            write_text(args.out, json.dumps(gpu, indent=1) + "\n")
+    return print_tables(gpu)
+
+
+def rows(hour):
+    """Yield (table, name, seconds or None: optional, function that fills the row)."""
+
+    def steps(path, precision, mode, seconds=None):
+        for stage in STAGES:
+            fill = functools.partial(hour.training, path, stage, precision, mode)
+            yield "steps", f"{path} {stage} {precision} {mode}", seconds, fill
+
+    yield "tests", "pytest -m gpu", 60, run_tests
+    yield from steps(MAIN, "bf16", "eager", 25)
+    for layout in ("channels_last", "contiguous_format"):
+        yield "convolutions", layout, 5, functools.partial(hour.convolutions, layout)
+    yield from steps(MAIN, "bf16", "compiled", 90)
+    for mode, seconds in zip(MODES, (20, None), strict=True):
+        fill = functools.partial(hour.translation, mode)
+        yield "steps", f"{MAIN} translation bf16 {mode}", seconds, fill
+    yield "images", "pseudo-labels at 1024x2048 and half of it", 20, hour.pseudo_labels
+    yield "images", "evaluation at 512x1024", 15, hour.evaluation
+    yield "images", "evaluation of 2160x3840 in windows", 10, hour.windows
+    for workers in (16, 8, 4):
+        yield "loader", f"{workers} workers", 25, functools.partial(hour.loader, workers)
+    for path, precision in (
+        (MAIN, "fp16"),
+        (MAIN, "fp32"),
+        ("configs/demo.yaml", "bf16"),
+        ("configs/segformer.yaml", "bf16"),
+    ):
+        for mode in MODES:
+            yield from steps(path, precision, mode)
+    for count in (1, 2):
+        fill = functools.partial(hour.processes, count)
+        yield "processes", f"{count} GPUs, warm-up, eager", None, fill
+
+
+def attempt(measure, found):
+    """Call measure(found), note its failure, and free what it leaves on the GPU."""
+    try:
+        measure(found)
+    except Exception as error:  # whatever it is, the other rows can still be measured
+        found["note"] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
+    signals.noted_until_the_step_ends(False)
+    torch.compiler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def driver():
+    """Return the version of NVIDIA's driver, or None."""
+    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    if not shutil.which(ask[0]):
+        return None
+    said = subprocess.run(ask, capture_output=True, text=True, check=False).stdout
+    return said.partition("\n")[0] or None
+
+
+def compiled_is_faster(rows):
+    """Return whether MAIN's steps are faster compiled, all stages together; None: not known."""
+    names = ([f"{MAIN} {stage} bf16 {mode}" for mode in MODES] for stage in STAGES)
+    pairs = ([rows.get(name, {}).get("resident ms") for name in pair] for pair in names)
+    pairs = [pair for pair in pairs if all(pair)]
+    eager, compiled = map(sum, zip(*pairs, strict=True)) if pairs else (None, None)
+    return compiled < eager if pairs else None
+
+
+def print_tables(gpu):
+    print(f"\n{gpu['device']}, driver {gpu['driver']}, PyTorch {gpu['torch']}, {gpu['commit']}")
+    for table in dict.fromkeys(row["table"] for row in gpu["rows"].values()):
+        chosen = {name: row for name, row in gpu["rows"].items() if row["table"] == table}
+        keys = dict.fromkeys(itertools.chain(*chosen.values()))
+        keys = sorted((key for key in keys if key != "table"), key="note".__eq__)
+        print(f"\n| {' | '.join([table, *keys])} |\n|{'---|' * (len(keys) + 1)}")
+        for name, row in chosen.items():
+            print(f"| {' | '.join([name, *(_text(row.get(key, '')) for key in keys)])} |")
+
+
+def _text(value):
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# ---------------------------------------------------------------- a step
+
+
+class Measured(bench.Timed):
+    """A run that fills the row `found` with its times in ms and memory, and writes no result.
+
+    resident: the stage's step on one batch that is on the GPU; step: the stage's step, with loader
+    and log; bare: networks, losses and optimizer alone.
+    """
+
+    def __init__(self, found, *arguments):
+        super().__init__(*arguments)
+        self.found, self.made = found, {}
+
+    def compiled(self, network):
+        """Return the compiled network, the same one for the stage and for the bare step."""
+        if network not in self.made:
+            self.made[network] = super().compiled(network)
+        return self.made[network]
+
+    def steps(self, batches, first, total, state):
+        parts = [self.fetch(next(iter(batches)))] * self.cfg.accumulate
+        began = now(self.device)
+        yield first, parts
+        self.found["first step s"] = now(self.device) - began
+        torch.cuda.empty_cache()  # what cuDNN has tried out is not what a step needs
+        torch.cuda.reset_peak_memory_stats()
+        yield from self.measured("resident ms", ((first, parts) for _ in range(total)))
+        self.found["GiB allocated"] = torch.cuda.max_memory_allocated() / 2**30
+        self.found["GiB reserved"] = torch.cuda.max_memory_reserved() / 2**30
+        yield from self.measured("step ms", Run.steps(self, batches, first, total, state))
+        self.found["images/s"] = 1000 * batches.batch_size * self.parts / self.found["step ms"]
+        if self.networks:
+            bare = self.networks(self, state)
+            for _ in self.measured("bare ms", range(total)):
+                bare()
+            self.found["step / bare"] = self.found["step ms"] / self.found["bare ms"]
+
+    def measured(self, name, steps):
+        """Yield `steps` and time them, without the first SETTLE and the last, which logs."""
+        for step, value in enumerate(steps):
+            if step == SETTLE:
+                began = now(self.device)
+            if step == SETTLE + self.repeats:
+                self.found[name] = 1000 * (now(self.device) - began) / self.repeats
+            yield value
+
+
+class Loading(bench.Timed):
+    """A run that trains nothing and times the batches of its loader, the first ones left out."""
+
+    def steps(self, batches, first, total, state):
+        for step, _ in enumerate(batches, 1):
+            if step == 2 * self.cfg.workers:  # so many are prefetched at once
+                began = time.perf_counter()
+        self.seconds = (time.perf_counter() - began) / (step - 2 * self.cfg.workers)
+        yield from ()
+
+
+def bare_step(views, run, state):
+    """Return a function: networks, losses and optimizer of a step with `views` views an image."""
+    student, teacher = map(run.compiled, (state["student"], state["teacher"]))
+    size, crop = sum(run.cfg[run.section].batch) // run.cfg.accumulate, run.cfg.crop
+    images = torch.rand(views * size, 3, *crop, device=run.device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(len(classes(run.cfg)), (size, *crop), device=run.device)
+
+    def bare():
+        for _ in range(run.cfg.accumulate):
+            with torch.no_grad(), run.autocast():
+                teacher_logits, *_ = teacher(images)
+            with run.autocast():
+                logits, *_ = student(images)
+            pair = logits[: 2 * size], teacher_logits[: 2 * size]
+            loss = supervised_loss(logits[:size], labels) + symmetric_distillation(*pair, 0.5, crop)
+            if views == 3:
+                loss = loss + supervised_loss(logits[2 * size :], labels)
+            run.scaler.scale(loss).backward()
+        run.scaler.step(state["optimizer"])
+        run.scaler.update()
+        state["optimizer"].zero_grad()
+
+    return bare
+
+
+# ---------------------------------------------------------------- the rows
+
+
+def run_tests(found):
+    ask = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"]
+    with subprocess.Popen(ask, stdout=subprocess.PIPE, text=True) as tests:
+        for line in tests.stdout:
+            print(line, end="", flush=True)
+    found["outcome"] = line.strip("= \n")
+    if tests.returncode:
+        found["note"] = f"pytest ended with exit code {tests.returncode}"
+
+
+class Hour:
+    """What fills the rows. folder: for made files. steps: repetitions. rows: name -> row so far."""
+
+    def __init__(self, folder, steps, rows):
+        self.folder, self.steps, self.rows, self.files = folder, steps, rows, {}
+
+    def overrides(self, path, *more, count=4):
+        """Return the overrides for `path` that let it use `count` made files of each domain."""
+        folder = f"{self.folder}/{Path(path).stem}{count}"
+        if folder not in self.files:
+            self.files[folder] = bench.make_files(load_config(path, []), folder, count)
+        total = SETTLE + self.steps + 1
+        some = [f"{section}.steps={total}" for section in (*STAGES, "translation")]
+        some += ["device=cuda", "bn_recalibrate=[]", f"workers={CORES}"]
+        return [*self.files[folder], *some, *more]
+
+    def config(self, path, *more, count=4):
+        return load_config(path, self.overrides(path, *more, count=count))
+
+    def training(self, path, stage, precision, mode, found):
+        cfg = self.config(path, f"precision={precision}", f"compile={mode == 'compiled'}".lower())
+        bare = functools.partial(bare_step, 2 + (stage == "selftrain"))
+        self.train(Measured(found, cfg, stage, stage, self.steps, bare))
+
+    def train(self, run):
+        selftrain = run.stage == "selftrain"
+        inputs = [bench.warmed_up(run.cfg), run.folder / "pseudo_labels"] if selftrain else []
+        return bench.train(run, *inputs)
+
+    def translation(self, mode, found):
+        cfg = self.config(MAIN, "precision=bf16", f"compile={mode == 'compiled'}".lower())
+        run = Measured(found, cfg, "translator", "translation", self.steps)
+        run.is_finished(True)
+        translate_cyclegan.train(run, Images(cfg, "source", labelled=True))
+
+    def convolutions(self, layout, found):
+        """Time the head's dilated convolutions, forward and backward, on config.yaml's maps."""
+        torch.backends.cudnn.benchmark = True
+        to = {"device": "cuda", "dtype": torch.bfloat16, "memory_format": getattr(torch, layout)}
+        x = torch.randn(6, 2048, 512 // 8, 896 // 8).to(**to).requires_grad_()
+        above = torch.randn(6, 256, 512 // 8, 896 // 8).to(**to)
+
+        def both(conv):
+            torch.autograd.grad(conv(x), [x, *conv.parameters()], above)
+
+        for d in (6, 12, 18, 24):
+            conv = nn.Conv2d(2048, 256, 3, padding=d, dilation=d).to(**to)
+            call = functools.partial(both, conv)
+            [seconds] = bench.times(x.device, 5 + self.steps, call)
+            found[f"dilation {d}, ms"] = 1000 * statistics.median(seconds[5:])
+
+    def pseudo_labels(self, found):
+        self.images(found, bench.measure_pseudo_labels(self.config(MAIN, count=FILES), 1))
+
+    def evaluation(self, found):
+        cfg = self.config(MAIN, "val.size=[512,1024]", count=FILES)
+        self.images(found, bench.measure_evaluate(cfg, 1))
+
+    def images(self, found, figures):
+        found["images/s, from file to file"] = FILES / figures["seconds"]
+        found["images/s, the networks alone"] = FILES / figures["bare"]
+
+    @torch.no_grad()
+    def windows(self, found):
+        run = Run(self.config(MAIN), "evaluate", "evaluation")
+        model = build_segmenter(num_classes=len(classes(run.cfg)), **run.cfg.model)
+        model = run.place(model).eval()
+        image = torch.rand(1, 3, *LARGE, device=run.device)
+
+        def predict():
+            with run.autocast():
+                logits, *_ = sliding_window(model, image, run.cfg.evaluation.tile)
+            probability_labels([logits], LARGE)
+
+        [seconds] = bench.times(run.device, 5, predict)
+        found["images/s, the networks alone"] = 1 / statistics.median(seconds[2:])
+        found["GiB allocated"] = torch.cuda.max_memory_allocated() / 2**30
+
+    def loader(self, workers, found):
+        for stage in STAGES:
+            more = f"workers={workers}", f"{stage}.steps={6 * workers}"
+            run = self.train(Loading(self.config(MAIN, *more), stage, stage, 0))
+            found[f"{stage} batch ms"] = 1000 * run.seconds
+            step = self.rows.get(f"{MAIN} {stage} bf16 eager", {}).get("resident ms")
+            found[f"{stage} batch / step"] = 1000 * run.seconds / step if step else ""
+
+    def processes(self, count, found):
+        """Train with a batch of 4 under torchrun, and read the log's second interval."""
+        if count > torch.cuda.device_count():
+            raise UserError("there are not so many GPUs here")
+        more = f"name=gpus{count}", "warmup.batch=[2,2]", "warmup.steps=60", "log_every=20"
+        more = *more, "compile=false", "precision=bf16", f"workers={CORES // count}"
+        options = self.overrides(MAIN, *more)
+        ask = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        ask += [f"--nproc_per_node={count}", "warmup.py", "--force", "--cfg", MAIN, *options]
+        done = subprocess.run(ask, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr[-2000:])
+        folder = Path(load_config(MAIN, options).output) / f"gpus{count}"
+        lines = map(json.loads, (folder / "log.jsonl").read_text("utf-8").splitlines())
+        found["images/s"] = [x["images_per_second"] for x in lines if "images_per_second" in x][1]
+
+
+now = bench.now
+
+if __name__ == "__main__":
+    command(main)
