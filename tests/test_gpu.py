@@ -192,21 +192,20 @@ class OneStep(bench.Timed):
     def steps(self, batches, first, total, state):
         batch, self.figures = self.fetch(next(iter(batches))), {}
         yield first, [batch]
+        if self.repeats > 1:
+            torch.cuda.set_sync_debug_mode("error")
+            yield first, [batch]
+            torch.cuda.set_sync_debug_mode("default")
+            return
         optimizer = state["optimizer"]
         self.gradients = [  # the momentum of a first step
             torch.cat([optimizer.state[p]["momentum_buffer"].flatten() for p in group["params"]])
             for group in optimizer.param_groups
         ]
         self.vectors = state["centroids"].vectors if "centroids" in state else None
-        if self.repeats > 1:
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                yield first, [batch]
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
 
     def log(self, **figures):
-        self.figures |= figures
+        self.figures |= {name: torch.as_tensor(x).detach() for name, x in figures.items()}
 
 
 def after_a_step(cfg, stage, repeats=1):
@@ -215,24 +214,31 @@ def after_a_step(cfg, stage, repeats=1):
     return bench.train(OneStep(cfg, stage, stage, repeats), *inputs)
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-2), ("bf16", 0.5)])
+@pytest.mark.parametrize(
+    ("precision", "of_figures", "of_gradients"), [("fp32", 1e-3, 1e-2), ("bf16", 2e-2, 0.7)]
+)
 @pytest.mark.parametrize("stage", ["warmup", "selftrain"])
-def test_a_step(config, stage, precision, tolerance):
-    """Losses and the gradients of backbone and head, with the whole network of config.yaml."""
+def test_a_step(config, stage, precision, of_figures, of_gradients):
+    """Logged figures, gradients of backbone and head, centroids.
+
+    bf16 rounds the gradients of the backbone's first layers by half of their size.
+    """
     ours, theirs = (
         after_a_step(config(device, f"precision={precision}"), stage) for device in (DEVICE, "cpu")
     )
     for name, figure in theirs.figures.items():
-        assert float(ours.figures[name]) == pytest.approx(float(figure), rel=tolerance / 10), name
+        expected = pytest.approx(float(figure), rel=of_figures, abs=of_figures)
+        assert float(ours.figures[name]) == expected, name
     for gradient, expected in zip(ours.gradients, theirs.gradients, strict=True):
-        assert difference(gradient, expected) < tolerance
+        assert difference(gradient, expected) < of_gradients
     if stage == "selftrain":
-        assert difference(ours.vectors, theirs.vectors) < tolerance
+        assert difference(ours.vectors, theirs.vectors) < of_gradients
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("stage", ["warmup", "selftrain"])
-def test_a_step_does_not_wait_for_the_gpu(config, stage, precision):
+def test_a_step_does_not_wait_for_the_gpu(config, stage, precision, request):
+    request.addfinalizer(functools.partial(torch.cuda.set_sync_debug_mode, "default"))
     after_a_step(config(DEVICE, f"precision={precision}"), stage, repeats=2)
 
 
