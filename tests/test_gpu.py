@@ -4,7 +4,6 @@ In single precision they agree to rounding: TF32 is off. In bf16 they agree roug
 """
 
 import functools
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ import models
 from datasets import Images, Whole
 from engine.run import Run
 from settings import load_config
-from tools import bench
+from tools import timed
 from translate_cyclegan import Generator
 
 DEVICE = "cuda"
@@ -180,13 +179,13 @@ def config(tmp_path, monkeypatch):
     some = [*SMALLER.split(), "val.size=[103,205]", "warmup.batch=[1,1]", "selftrain.batch=[1,1]"]
     some += ["bn_recalibrate=[]", "compile=false", "translation.crop=[32,64]"]
     some += ["model.network=resnet18"]
-    some += bench.make_files(load_config(ROOT / "config.yaml", some), tmp_path, 2)
+    some += timed.make_files(load_config(ROOT / "config.yaml", some), tmp_path, 2)
     return lambda device, *more: load_config(
         ROOT / "config.yaml", [*some, f"device={device}", *more]
     )
 
 
-class OneStep(bench.Timed):
+class OneStep(timed.Timed):
     """A run of one step, or of two, the second of which must not wait for the GPU."""
 
     def steps(self, batches, first, total, state):
@@ -210,8 +209,7 @@ class OneStep(bench.Timed):
 
 def after_a_step(cfg, stage, repeats=1):
     """Return a OneStep that has taken its step, from random weights that are always the same."""
-    inputs = [bench.warmed_up(cfg), Path(cfg.output, "labels")] * (stage == "selftrain")
-    return bench.train(OneStep(cfg, stage, stage, repeats), *inputs)
+    return timed.train(OneStep(cfg, stage, stage, repeats))
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ import losses
 import metrics
 import models
 from datasets import Crops, Images
+from engine import device as devices
 from engine.command import command
 from engine.images import read_image, read_label
 from engine.run import Run
@@ -472,6 +473,24 @@ def test_a_backbone_with_a_rate_of_zero_stands_still(dataset, run):
             assert moved, name
         if name.startswith("backbone.") and name.endswith((".weight", ".bias")):
             assert not moved, name
+
+
+@pytest.mark.parametrize(
+    ("gpu", "pays"),
+    [
+        (None, True),
+        ({"device": "A", "compile": False}, False),
+        ({"device": "A", "compile": None}, True),
+        ({"device": "B", "compile": False}, True),
+    ],
+)
+def test_a_measurement_decides_whether_to_compile(tmp_path, monkeypatch, gpu, pays):
+    monkeypatch.setattr(devices, "MEASURED", tmp_path / "gpu.json")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A")
+    if gpu:
+        devices.MEASURED.write_text(json.dumps(gpu))
+    assert devices.compilation_pays(torch.device("cuda")) == pays
+    assert not devices.compilation_pays(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("falls_back", [True, False])

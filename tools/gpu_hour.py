@@ -26,8 +26,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import translate_cyclegan
-from datasets import Images
 from engine import signals
 from engine.command import command
 from engine.config import UserError
@@ -35,14 +33,13 @@ from engine.device import MEASURED
 from engine.files import write_text
 from engine.folder import environment
 from engine.run import Run
-from losses import probability_labels, supervised_loss, symmetric_distillation
+from losses import probability_labels
 from metrics import sliding_window
 from models import build_segmenter
 from settings import classes, load_config
-from tools import bench
+from tools import bench, timed
 
 MAIN, STAGES, MODES = "config.yaml", ("warmup", "selftrain"), ("eager", "compiled")
-SETTLE = 4  # steps before those that are measured
 CORES = min(os.cpu_count(), 16)  # loader workers
 FILES = 32  # images of each domain, where images per second are measured
 LARGE = (2160, 3840)
@@ -89,8 +86,8 @@ def main():
 def rows(hour):
     """Yield (table, name, seconds or None: optional, function that fills the row)."""
 
-    def steps(path, precision, mode, seconds=None):
-        for stage in STAGES:
+    def steps(path, precision, mode, seconds=None, stages=STAGES):
+        for stage in stages:
             fill = functools.partial(hour.training, path, stage, precision, mode)
             yield "steps", f"{path} {stage} {precision} {mode}", seconds, fill
 
@@ -99,19 +96,18 @@ def rows(hour):
     for layout in ("channels_last", "contiguous_format"):
         yield "convolutions", layout, 5, functools.partial(hour.convolutions, layout)
     yield from steps(MAIN, "bf16", "compiled", 90)
-    for mode, seconds in zip(MODES, (20, None), strict=True):
-        fill = functools.partial(hour.translation, mode)
-        yield "steps", f"{MAIN} translation bf16 {mode}", seconds, fill
+    yield from steps(MAIN, "bf16", "eager", 20, ["translator"])
     yield "images", "pseudo-labels at 1024x2048 and half of it", 20, hour.pseudo_labels
     yield "images", "evaluation at 512x1024", 15, hour.evaluation
     yield "images", "evaluation of 2160x3840 in windows", 10, hour.windows
     for workers in (16, 8, 4):
         yield "loader", f"{workers} workers", 25, functools.partial(hour.loader, workers)
-    for path, precision in (
-        (MAIN, "fp16"),
-        (MAIN, "fp32"),
-        ("configs/demo.yaml", "bf16"),
-        ("configs/segformer.yaml", "bf16"),
+    yield from steps(MAIN, "bf16", "compiled", None, ["translator"])
+    for precision, path in (
+        ("fp16", MAIN),
+        ("fp32", MAIN),
+        ("bf16", "configs/demo.yaml"),
+        ("bf16", "configs/segformer.yaml"),
     ):
         for mode in MODES:
             yield from steps(path, precision, mode)
@@ -165,96 +161,11 @@ def _text(value):
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-# ---------------------------------------------------------------- a step
-
-
-class Measured(bench.Timed):
-    """A run that fills the row `found` with its times in ms and memory, and writes no result.
-
-    resident: the stage's step on one batch that is on the GPU; step: the stage's step, with loader
-    and log; bare: networks, losses and optimizer alone.
-    """
-
-    def __init__(self, found, *arguments):
-        super().__init__(*arguments)
-        self.found, self.made = found, {}
-
-    def compiled(self, network):
-        """Return the compiled network, the same one for the stage and for the bare step."""
-        if network not in self.made:
-            self.made[network] = super().compiled(network)
-        return self.made[network]
-
-    def steps(self, batches, first, total, state):
-        parts = [self.fetch(next(iter(batches)))] * self.cfg.accumulate
-        began = now(self.device)
-        yield first, parts
-        self.found["first step s"] = now(self.device) - began
-        torch.cuda.empty_cache()  # what cuDNN has tried out is not what a step needs
-        torch.cuda.reset_peak_memory_stats()
-        yield from self.measured("resident ms", ((first, parts) for _ in range(total)))
-        self.found["GiB allocated"] = torch.cuda.max_memory_allocated() / 2**30
-        self.found["GiB reserved"] = torch.cuda.max_memory_reserved() / 2**30
-        yield from self.measured("step ms", Run.steps(self, batches, first, total, state))
-        self.found["images/s"] = 1000 * batches.batch_size * self.parts / self.found["step ms"]
-        if self.networks:
-            bare = self.networks(self, state)
-            for _ in self.measured("bare ms", range(total)):
-                bare()
-            self.found["step / bare"] = self.found["step ms"] / self.found["bare ms"]
-
-    def measured(self, name, steps):
-        """Yield `steps` and time them, without the first SETTLE and the last, which logs."""
-        for step, value in enumerate(steps):
-            if step == SETTLE:
-                began = now(self.device)
-            if step == SETTLE + self.repeats:
-                self.found[name] = 1000 * (now(self.device) - began) / self.repeats
-            yield value
-
-
-class Loading(bench.Timed):
-    """A run that trains nothing and times the batches of its loader, the first ones left out."""
-
-    def steps(self, batches, first, total, state):
-        for step, _ in enumerate(batches, 1):
-            if step == 2 * self.cfg.workers:  # so many are prefetched at once
-                began = time.perf_counter()
-        self.seconds = (time.perf_counter() - began) / (step - 2 * self.cfg.workers)
-        yield from ()
-
-
-def bare_step(views, run, state):
-    """Return a function: networks, losses and optimizer of a step with `views` views an image."""
-    student, teacher = map(run.compiled, (state["student"], state["teacher"]))
-    size, crop = sum(run.cfg[run.section].batch) // run.cfg.accumulate, run.cfg.crop
-    images = torch.rand(views * size, 3, *crop, device=run.device)
-    images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(len(classes(run.cfg)), (size, *crop), device=run.device)
-
-    def bare():
-        for _ in range(run.cfg.accumulate):
-            with torch.no_grad(), run.autocast():
-                teacher_logits, *_ = teacher(images)
-            with run.autocast():
-                logits, *_ = student(images)
-            pair = logits[: 2 * size], teacher_logits[: 2 * size]
-            loss = supervised_loss(logits[:size], labels) + symmetric_distillation(*pair, 0.5, crop)
-            if views == 3:
-                loss = loss + supervised_loss(logits[2 * size :], labels)
-            run.scaler.scale(loss).backward()
-        run.scaler.step(state["optimizer"])
-        run.scaler.update()
-        state["optimizer"].zero_grad()
-
-    return bare
-
-
 # ---------------------------------------------------------------- the rows
 
 
 def run_tests(found):
-    ask = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"]
+    ask = [sys.executable, "-u", "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"]
     with subprocess.Popen(ask, stdout=subprocess.PIPE, text=True) as tests:
         for line in tests.stdout:
             print(line, end="", flush=True)
@@ -273,8 +184,8 @@ class Hour:
         """Return the overrides for `path` that let it use `count` made files of each domain."""
         folder = f"{self.folder}/{Path(path).stem}{count}"
         if folder not in self.files:
-            self.files[folder] = bench.make_files(load_config(path, []), folder, count)
-        total = SETTLE + self.steps + 1
+            self.files[folder] = timed.make_files(load_config(path, []), folder, count)
+        total = timed.SETTLE + self.steps + 1
         some = [f"{section}.steps={total}" for section in (*STAGES, "translation")]
         some += ["device=cuda", "bn_recalibrate=[]", f"workers={CORES}"]
         return [*self.files[folder], *some, *more]
@@ -284,19 +195,8 @@ class Hour:
 
     def training(self, path, stage, precision, mode, found):
         cfg = self.config(path, f"precision={precision}", f"compile={mode == 'compiled'}".lower())
-        bare = functools.partial(bare_step, 2 + (stage == "selftrain"))
-        self.train(Measured(found, cfg, stage, stage, self.steps, bare))
-
-    def train(self, run):
-        selftrain = run.stage == "selftrain"
-        inputs = [bench.warmed_up(run.cfg), run.folder / "pseudo_labels"] if selftrain else []
-        return bench.train(run, *inputs)
-
-    def translation(self, mode, found):
-        cfg = self.config(MAIN, "precision=bf16", f"compile={mode == 'compiled'}".lower())
-        run = Measured(found, cfg, "translator", "translation", self.steps)
-        run.is_finished(True)
-        translate_cyclegan.train(run, Images(cfg, "source", labelled=True))
+        section = {"translator": "translation"}.get(stage, stage)
+        timed.train(timed.Measured(found, cfg, stage, section, self.steps))
 
     def convolutions(self, layout, found):
         """Time the head's dilated convolutions, forward and backward, on config.yaml's maps."""
@@ -311,7 +211,7 @@ class Hour:
         for d in (6, 12, 18, 24):
             conv = nn.Conv2d(2048, 256, 3, padding=d, dilation=d).to(**to)
             call = functools.partial(both, conv)
-            [seconds] = bench.times(x.device, 5 + self.steps, call)
+            [seconds] = timed.times(x.device, 5 + self.steps, call)
             found[f"dilation {d}, ms"] = 1000 * statistics.median(seconds[5:])
 
     def pseudo_labels(self, found):
@@ -337,14 +237,14 @@ class Hour:
                 logits, *_ = sliding_window(model, image, run.cfg.evaluation.tile)
             probability_labels([logits], LARGE)
 
-        [seconds] = bench.times(run.device, 5, predict)
+        [seconds] = timed.times(run.device, 5, predict)
         found["images/s, the networks alone"] = 1 / statistics.median(seconds[2:])
         found["GiB allocated"] = torch.cuda.max_memory_allocated() / 2**30
 
     def loader(self, workers, found):
         for stage in STAGES:
             more = f"workers={workers}", f"{stage}.steps={6 * workers}"
-            run = self.train(Loading(self.config(MAIN, *more), stage, stage, 0))
+            run = timed.train(timed.Loading(self.config(MAIN, *more), stage, stage, 0))
             found[f"{stage} batch ms"] = 1000 * run.seconds
             step = self.rows.get(f"{MAIN} {stage} bf16 eager", {}).get("resident ms")
             found[f"{stage} batch / step"] = 1000 * run.seconds / step if step else ""
@@ -360,13 +260,11 @@ class Hour:
         ask += [f"--nproc_per_node={count}", "warmup.py", "--force", "--cfg", MAIN, *options]
         done = subprocess.run(ask, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RuntimeError(done.stderr[-2000:])
+            raise RuntimeError(done.stderr.strip().rpartition("\n")[2])
         folder = Path(load_config(MAIN, options).output) / f"gpus{count}"
         lines = map(json.loads, (folder / "log.jsonl").read_text("utf-8").splitlines())
         found["images/s"] = [x["images_per_second"] for x in lines if "images_per_second" in x][1]
 
-
-now = bench.now
 
 if __name__ == "__main__":
     command(main)
