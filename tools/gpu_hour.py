@@ -15,7 +15,6 @@ import gc
 import itertools
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -60,7 +59,9 @@ def main():
         return print_tables(json.loads(Path(args.table).read_text(encoding="utf-8")))
     if not torch.cuda.is_available():
         raise UserError("PyTorch finds no GPU here; python -m tools.bench measures a CPU")
-    gpu = environment(torch.device("cuda")) | {"driver": driver(), "compile": None, "rows": {}}
+    ask = "nvidia-smi --id=0 --query-gpu=driver_version --format=csv,noheader"
+    failed, driver = subprocess.getstatusoutput(ask)
+    gpu = environment(torch.device("cuda")) | {"driver": None if failed else driver, "rows": {}}
     if Path(args.out).exists():
         found = json.loads(Path(args.out).read_text(encoding="utf-8"))
         if all(found.get(key) == gpu[key] for key in ("device", "torch", "commit")):
@@ -70,10 +71,11 @@ def main():
         for table, name, seconds, measure in rows(Hour(folder, args.steps, gpu["rows"])):
             known = "note" not in gpu["rows"].get(name, {"note": None})
             wanted = args.only in name if args.only else not known and (seconds or args.all)
-            if not wanted:
+            late = time.monotonic() - began + (seconds or 60) > 60 * args.minutes
+            if not wanted or (known and late):
                 continue
             found = gpu["rows"][name] = {"table": table}
-            if time.monotonic() - began + (seconds or 60) > 60 * args.minutes:
+            if late:
                 found["note"] = f"skipped: it would end after --minutes {args.minutes:g}"
             else:
                 attempt(measure, found)
@@ -97,8 +99,11 @@ def rows(hour):
         yield "convolutions", layout, 5, functools.partial(hour.convolutions, layout)
     yield from steps(MAIN, "bf16", "compiled", 90)
     yield from steps(MAIN, "bf16", "eager", 20, ["translator"])
-    yield "images", "pseudo-labels at 1024x2048 and half of it", 20, hour.pseudo_labels
-    yield "images", "evaluation at 512x1024", 15, hour.evaluation
+    for name, measure, size in (
+        ("pseudo-labels at 1024x2048 and half of it", bench.measure_pseudo_labels, [1024, 2048]),
+        ("evaluation at 512x1024", bench.measure_evaluate, [512, 1024]),
+    ):
+        yield "images", name, 25, functools.partial(hour.images, measure, f"val.size={size}")
     yield "images", "evaluation of 2160x3840 in windows", 10, hour.windows
     for workers in (16, 8, 4):
         yield "loader", f"{workers} workers", 25, functools.partial(hour.loader, workers)
@@ -128,22 +133,12 @@ def attempt(measure, found):
     torch.cuda.empty_cache()
 
 
-def driver():
-    """Return the version of NVIDIA's driver, or None."""
-    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    if not shutil.which(ask[0]):
-        return None
-    said = subprocess.run(ask, capture_output=True, text=True, check=False).stdout
-    return said.partition("\n")[0] or None
-
-
 def compiled_is_faster(rows):
     """Return whether MAIN's steps are faster compiled, all stages together; None: not known."""
     names = ([f"{MAIN} {stage} bf16 {mode}" for mode in MODES] for stage in STAGES)
     pairs = ([rows.get(name, {}).get("resident ms") for name in pair] for pair in names)
-    pairs = [pair for pair in pairs if all(pair)]
-    eager, compiled = map(sum, zip(*pairs, strict=True)) if pairs else (None, None)
-    return compiled < eager if pairs else None
+    gains = [eager - compiled for eager, compiled in filter(all, pairs)]
+    return sum(gains) > 0 if gains else None
 
 
 def print_tables(gpu):
@@ -214,14 +209,8 @@ class Hour:
             [seconds] = timed.times(x.device, 5 + self.steps, call)
             found[f"dilation {d}, ms"] = 1000 * statistics.median(seconds[5:])
 
-    def pseudo_labels(self, found):
-        self.images(found, bench.measure_pseudo_labels(self.config(MAIN, count=FILES), 1))
-
-    def evaluation(self, found):
-        cfg = self.config(MAIN, "val.size=[512,1024]", count=FILES)
-        self.images(found, bench.measure_evaluate(cfg, 1))
-
-    def images(self, found, figures):
+    def images(self, measure, override, found):
+        figures = measure(self.config(MAIN, override, count=FILES), 1)
         found["images/s, from file to file"] = FILES / figures["seconds"]
         found["images/s, the networks alone"] = FILES / figures["bare"]
 
