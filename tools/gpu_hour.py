@@ -79,7 +79,8 @@ def main():
                 found["note"] = f"skipped: it would end after --minutes {args.minutes:g}"
             else:
                 attempt(measure, found)
-            print(f"{name}: {', '.join(f'{k} {_text(v)}' for k, v in found.items())}", flush=True)
+            words = (f"{key} {_text(value)}" for key, value in found.items() if key != "table")
+            print(f"{name}: {', '.join(words)}", flush=True)
             gpu["compile"] = compiled_is_faster(gpu["rows"])
             write_text(args.out, json.dumps(gpu, indent=1) + "\n")
     return print_tables(gpu)
