@@ -13,8 +13,8 @@ from engine.processes import world
 class BatchNorm(nn.BatchNorm2d):
     """nn.BatchNorm2d whose statistics in training are those of all processes' batches.
 
-    All batches must have the same size: sums are enough then, and the host waits for nothing, as it
-    does in nn.SyncBatchNorm. With momentum None (a cumulative average) the statistics are this
+    All batches must have the same size: sums are enough then, and unlike in nn.SyncBatchNorm the
+    host waits for nothing. With momentum None (a cumulative average) the statistics are this
     process's own; only then are batches counted, since nothing else reads the count.
     """
 
@@ -36,15 +36,14 @@ class BatchNorm(nn.BatchNorm2d):
 def synchronise_batchnorm(network):
     """Turn every nn.BatchNorm2d of a network into a BatchNorm, in place, and return the network.
 
-    Raises UserError where several processes would have to share another kind of batch norm.
+    Raises UserError where several processes would share another kind of batch norm.
     """
     for name, module in network.named_modules():
         if type(module) in (nn.BatchNorm2d, BatchNorm):
             module.__class__ = BatchNorm
         elif isinstance(module, nn.modules.batchnorm._BatchNorm) and world() > 1:
-            kind = type(module).__name__
-            message = f"model.network: {name} is a {kind}, which several GPUs cannot share"
-            raise UserError(f"{message}; train on one GPU, or choose another network")
+            fault = f"{name} is a {type(module).__name__}, which several GPUs cannot share"
+            raise UserError(f"model.network: {fault}; use one GPU, or another network")
     return network
 
 

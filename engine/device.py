@@ -1,14 +1,20 @@
-"""The device and the precision of a run, and what is put there."""
+"""The device and the precision of a run, compiled networks, hardware and memory."""
 
-import copy
 import os
+import platform
+import re
+import subprocess
 import sys
+from pathlib import Path
 
+import cv2
+import numpy as np
+import psutil
 import torch
+import torchvision
 from torch import nn
 
-from engine.batchnorm import synchronise_batchnorm
-from engine.config import UserError
+from engine.config import UserError, one_line
 from engine.processes import rank, world
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -20,8 +26,7 @@ def choose_device(name):
     Raises UserError where there is no such device.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        message = "device = cuda, but PyTorch finds no GPU here; use device=auto or device=cpu"
-        raise UserError(message)
+        raise UserError("device = cuda: PyTorch finds no GPU here; use device=auto or device=cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and world() > 1:
@@ -42,13 +47,6 @@ def choose_dtype(precision, device):
     return DTYPES[precision]
 
 
-def place(module, device):
-    """Return the module on the device, in channels-last, with batch norm shared between GPUs."""
-    if device.type == "cuda":
-        module = synchronise_batchnorm(module)
-    return module.to(device, memory_format=torch.channels_last)
-
-
 def fetch(batch, device):
     """Return what a loader yields, on the device.
 
@@ -63,29 +61,10 @@ def fetch(batch, device):
     return batch.movedim(-1, -3).float().div_(255) if batch.shape[-1] == 3 else batch.long()
 
 
-def compiled(network, wanted, device):
-    """Return a network's compiled forward pass, for batches that are alike in all steps.
-
-    wanted: True, False or "auto": on a GPU, and where compilation fails without it. Each part of
-    the network is compiled by itself, so that the gradients of one part are averaged during the
-    backward pass of the next.
-    """
-    if wanted is False or (wanted == "auto" and device.type == "cpu"):
-        return network
-    if isinstance(network, nn.Sequential):
-        return Compiled(network, wanted == "auto")
-    view = copy.copy(network)
-    view._modules = {
-        name: part and Compiled(part, wanted == "auto") for name, part in network._modules.items()
-    }
-    return view
-
-
 class Compiled(nn.Module):
-    """A module whose forward pass is compiled.
+    """A module whose forward pass is compiled, for batches that are alike in all steps.
 
-    falls_back: where compilation fails, say so in one line and go on without it, instead of raising
-    UserError.
+    falls_back: where compilation fails, print one line and go on without it; or raise UserError.
     """
 
     reported = False
@@ -99,13 +78,42 @@ class Compiled(nn.Module):
         try:
             return self.call(*inputs)
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = " ".join(str(error).partition("Set TORCHDYNAMO_VERBOSE")[0].split())[:160]
+            reason = one_line(str(error).partition("Set TORCHDYNAMO_VERBOSE")[0])
+            fault = f"compilation fails here ({reason})"
             if not self.falls_back:
-                message = f"compile = true: PyTorch cannot compile this network here ({reason})"
-                raise UserError(f"{message}; set compile=false") from error
+                raise UserError(f"compile = true: {fault}; set compile=false") from error
             if rank() == 0 and not Compiled.reported:
                 Compiled.reported = True
-                message = "compile = auto: compilation fails here, training goes on without it"
-                print(f"{message} ({reason})", file=sys.stderr, flush=True)
+                message = f"compile = auto: {fault}, training goes on without it"
+                print(message, file=sys.stderr, flush=True)
             self.call = self.module.forward
             return self.call(*inputs)
+
+
+def environment(device):
+    """Return what a result depends on besides its configuration: code, versions, hardware."""
+    here = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": False}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], **here).stdout.strip()
+    gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if gpu else platform.processor()
+    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    versions |= {"numpy": np.__version__, "opencv": cv2.__version__}
+    found = {"commit": commit or None, "python": platform.python_version(), **versions}
+    machine = {"device": name or platform.machine(), "cores": os.cpu_count()}
+    return found | machine | {"processes": world()}
+
+
+def memory_gb(device):
+    """Return the peak memory in GiB: of the GPU, or of this process on a CPU.
+
+    psutil has a process's peak on Windows alone; without Linux's, it is the memory of now.
+    """
+    status = Path("/proc/self/status")
+    if device.type == "cuda":
+        size = torch.cuda.max_memory_allocated(device)
+    elif status.is_file():
+        size = 2**10 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text(encoding="utf-8"))[1])
+    else:
+        memory = psutil.Process().memory_info()
+        size = getattr(memory, "peak_wset", memory.rss)
+    return round(size / 2**30, 3)

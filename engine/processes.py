@@ -1,7 +1,6 @@
 """One process or, under torchrun, several: rank and world size, collectives, averaged gradients.
 
-Without torchrun there is no process group: the world size is 1, and each function returns what it
-was given.
+Without torchrun the world size is 1, and each function returns what it was given.
 """
 
 import datetime
@@ -10,6 +9,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from torch._utils import _unflatten_dense_tensors
 
 TIMEOUT = datetime.timedelta(minutes=10)  # longer than any process lets the others wait
 _store = None  # the job's key-value store; it outlives a single process
@@ -24,17 +24,10 @@ def join():
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
         _store = dist.PrefixStore(f"start {attempt}", store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(
-            backend, store=_store, rank=number, world_size=count, timeout=TIMEOUT
-        )
+        group = {"store": _store, "rank": number, "world_size": count, "timeout": TIMEOUT}
+        dist.init_process_group(backend, **group)
         if number > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
-
-
-def leave():
-    """Destroy the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def rank():
@@ -46,20 +39,12 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_loss_of_another(error):
-    """Return whether an exception says that another process cannot be reached."""
-    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
-
-
 def is_first_to_end():
     """Return True in the first process that asks: the one that reports why the job ends."""
     try:
         return _store is None or _store.add("ends", 1) == 1
     except RuntimeError:  # the store is gone, and torchrun with it
         return True
-
-
-# ---------------------------------------------------------------- collectives
 
 
 def sum_over_processes(tensor):
@@ -96,7 +81,7 @@ def all_gather_rows(rows):
 def in_batch_order(results):
     """Yield the tuples of tensors that all processes made of a loader's batches, in batch order.
 
-    With several processes: on the CPU, once all have gone through their batches.
+    With several processes they are on the CPU, and come once all batches are done.
     """
     if world() == 1:
         yield from results
@@ -118,9 +103,9 @@ def decided_by_first(decide):
 class GradientMean:
     """Averages the gradients of a network over all processes, during the backward pass.
 
-    Gradients are reduced in buckets, each once it is complete, in the same order everywhere. Call
-    `begin` before the last backward pass of a step and `finish` after it.
-    DistributedDataParallel does the same, but makes the host wait for its timers.
+    They are reduced in buckets, each once it is complete, in the same order everywhere. Call
+    `begin` before the last backward pass of a step and `finish` after it. The same as
+    DistributedDataParallel, which makes the host wait for its timers.
     """
 
     def __init__(self, network, bucket_size=2**23):
@@ -133,32 +118,28 @@ class GradientMean:
             self.buckets[-1].append(parameter)
             self.bucket_of[parameter] = len(self.buckets) - 1
             parameter.register_post_accumulate_grad_hook(self._count)
-        self.missing, self.sent = [], []
+        self.missing, self.sent, self.works = [], 0, []
 
     def begin(self):
-        self.missing, self.sent = [len(bucket) for bucket in self.buckets], []
+        self.missing = [len(bucket) for bucket in self.buckets]
 
     def finish(self):
-        while len(self.sent) < len(self.buckets):  # some parameters got no gradient
+        while self.sent < len(self.buckets):  # some parameters got no gradient
             self._send()
-        for gradients, flat, work in self.sent:
-            if gradients:
-                work.wait()
-                parts = flat.split([gradient.numel() for gradient in gradients])
-                parts = [part.view_as(g) for part, g in zip(parts, gradients, strict=True)]
-                torch._foreach_copy_(gradients, parts)
-        self.missing, self.sent = [], []
+        for gradients, flat, work in self.works:
+            work.wait()
+            torch._foreach_copy_(gradients, _unflatten_dense_tensors(flat, gradients))
+        self.missing, self.sent, self.works = [], 0, []
 
     def _count(self, parameter):
         if self.missing:
             self.missing[self.bucket_of[parameter]] -= 1
-            while len(self.sent) < len(self.buckets) and not self.missing[len(self.sent)]:
+            while self.sent < len(self.buckets) and not self.missing[self.sent]:
                 self._send()
 
     def _send(self):
-        gradients = [p.grad for p in self.buckets[len(self.sent)] if p.grad is not None]
-        flat = work = None
+        gradients = [p.grad for p in self.buckets[self.sent] if p.grad is not None]
+        self.sent += 1
         if gradients:
             flat = torch.cat([gradient.flatten() for gradient in gradients]) / world()
-            work = dist.all_reduce(flat, async_op=True)
-        self.sent.append((gradients, flat, work))
+            self.works.append((gradients, flat, dist.all_reduce(flat, async_op=True)))
