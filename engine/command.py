@@ -18,11 +18,10 @@ LESS_MEMORY = "raise accumulate, lower crop or evaluation.tile, or set model.out
 
 
 def command(main):
-    """Run a script's main().
+    """Run a script's main(). Of several processes, the first that fails writes a line on stderr.
 
     Exit codes: 2 for a UserError and for too little memory, 130 for SIGINT, 143 for SIGTERM, 1 in a
-    process that loses another one. Each comes with one line on stderr; of several processes, only
-    the first that ends writes it.
+    process that loses another one.
     """
     handlers = signals.handle(signals.stop, signals.stop)
     try:
@@ -34,8 +33,7 @@ def command(main):
         # from a DataLoader worker it comes inside that worker's traceback, as its last line
         _end(2, str(error).strip().splitlines()[-1].removeprefix("engine.config.UserError: "))
     except signals.Stopped as stop:
-        number = stop.args[0]
-        _end(128 + number, f"stopped by {signal.Signals(number).name}; {GO_ON}")
+        _end(128 + stop.args[0], f"stopped by {signal.Signals(*stop.args).name}; {GO_ON}")
     except torch.OutOfMemoryError:
         size = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         _end(2, f"the GPU's {size / 2**30:.0f} GiB are not enough; {LESS_MEMORY}")
@@ -48,10 +46,9 @@ def command(main):
         _end(1, f"another process of this job has died or cannot be reached; {GO_ON}")
     finally:
         unlock_all()
-        if workers := multiprocessing.active_children():  # of a loader that ended before its data
+        for worker in multiprocessing.active_children():  # of a loader that ended before its data
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for worker in workers:
-                worker.kill()
+            worker.kill()
         signals.handle(*handlers)
 
 
@@ -68,6 +65,5 @@ def arguments(doc, cfg="config.yaml"):
     parser = argparse.ArgumentParser(description=doc, formatter_class=raw)
     words = "configuration (default: %(default)s)"
     parser.add_argument("--cfg", default=cfg, metavar="FILE", help=words)
-    words = "replaces a value of the configuration"
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help=words)
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a value")
     return parser

@@ -26,9 +26,6 @@ def plain(config):
     return {k: plain(v) for k, v in config.items()} if isinstance(config, dict) else config
 
 
-# ---------------------------------------------------------------- rules
-
-
 def integer(low, high=10**9):
     return f"an integer from {low} to {high}", lambda v: type(v) is int and low <= v <= high
 
@@ -39,10 +36,8 @@ def number(low, high=1e6):
 
 
 def choice(*options):
-    def test(value):
-        return any(type(value) is type(option) and value == option for option in options)
-
-    return " | ".join(map(str, options)), test
+    words = " | ".join(map(str, options))
+    return words, lambda v: any(type(v) is type(option) and v == option for option in options)
 
 
 def multiple_of(step, low, high):
@@ -78,9 +73,6 @@ NAME = pattern("a name of letters, digits, - _ .", r"[\w.-]*\w")
 ANY = "*"  # as a key of a schema: any name
 
 
-# ---------------------------------------------------------------- reading and merging
-
-
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
     """Safe YAML loader that reads 1e-4 as a number (YAML 1.2) and refuses duplicate keys."""
 
@@ -109,13 +101,12 @@ def read(path):
 
 def read_with_base(path, schema):
     """Return a file's mapping on top of the file that its `base:` names. Raises UserError."""
-    tree = read(path)
-    if "base" not in tree:
-        return tree
-    base_path = Path(path).parent / str(tree.pop("base"))
-    base = read(base_path)
-    if "base" in base:
-        raise UserError(f"{base_path}: is a base and names a base itself; one level is read")
+    tree, base = read(path), {}
+    if "base" in tree:
+        base_path = Path(path).parent / str(tree.pop("base"))
+        base = read(base_path)
+        if "base" in base:
+            raise UserError(f"{base_path}: is a base and names a base itself; one level is read")
     return merge(base, tree, schema)
 
 
@@ -155,14 +146,10 @@ def one_line(value):
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
-# ---------------------------------------------------------------- checking
-
-
 def check(tree, schema, origin, prefix="", whole=None):
-    """Return the Config of a tree that fits the schema.
+    """Return the Config of a tree. Raises UserError unless it fits the schema.
 
-    prefix, whole: where the tree is nested: its key with a dot, and the schema of everything.
-    Raises UserError, which names the key, the value and what it must be, or the nearest valid key.
+    prefix, whole: of a nested tree, its key with a dot, and the schema of everything.
     """
     checked, whole = Config(), whole or schema
     if ANY in schema:
@@ -176,9 +163,8 @@ def check(tree, schema, origin, prefix="", whole=None):
         if key not in tree:
             raise UserError(f"{origin}: {name} is missing; start from config.yaml with `base:`")
         if isinstance(rule, dict):
-            require(
-                isinstance(value, dict), origin, name, value, f"hold the keys {', '.join(rule)}"
-            )
+            must = f"hold the keys {', '.join(rule)}"
+            require(isinstance(value, dict), origin, name, value, must)
             value = check(value, rule, origin, f"{name}.", whole)
         else:
             require(rule[1](value), origin, name, value, f"be {rule[0]}")

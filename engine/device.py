@@ -1,5 +1,6 @@
 """The device and the precision of a run, compiled networks, hardware and memory."""
 
+import copy
 import os
 import platform
 import re
@@ -20,10 +21,10 @@ from engine.processes import rank, world
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def choose_device(name):
-    """Return the device for "auto", "cpu" or "cuda"; under torchrun, the GPU of the local rank.
+def choose(name, precision):
+    """Return the device and the dtype that cfg.device and cfg.precision name. Raises UserError.
 
-    Raises UserError where there is no such device.
+    "auto": a GPU (under torchrun, of the local rank) where there is one; the fastest dtype it has.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device = cuda: PyTorch finds no GPU here; use device=auto or device=cpu")
@@ -34,24 +35,18 @@ def choose_device(name):
         if local >= count:
             raise UserError(f"--nproc_per_node is more than the {count} GPUs of this machine")
         torch.cuda.set_device(local)
-    return torch.device(name)
-
-
-def choose_dtype(precision, device):
-    """Return the dtype for "bf16", "fp16", "fp32" or "auto": the fastest that the device has."""
-    if precision == "auto" and device.type == "cuda":
+    if precision == "auto" and name == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if has_bf16 else "fp16"
     elif precision == "auto":
         precision = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
-    return DTYPES[precision]
+    return torch.device(name), DTYPES[precision]
 
 
 def fetch(batch, device):
-    """Return what a loader yields, on the device.
+    """Return a tensor that a loader yields, or nested dicts of them, on the device.
 
-    Images uint8 ([B,] H, W, 3) become float32 ([B,] 3, H, W) in [0, 1], label maps uint8 become
-    int64, and dicts keep their keys.
+    Images uint8 ([B,] H, W, 3) become float32 ([B,] 3, H, W) in [0, 1], label maps uint8 int64.
     """
     if isinstance(batch, dict):
         return {name: fetch(part, device) for name, part in batch.items()}
@@ -61,10 +56,22 @@ def fetch(batch, device):
     return batch.movedim(-1, -3).float().div_(255) if batch.shape[-1] == 3 else batch.long()
 
 
+def compiled(network, wanted, device):
+    """Return the network, compiled if `wanted` is True, or "auto" and it is on a GPU."""
+    if wanted is False or (wanted == "auto" and device.type == "cpu"):
+        return network
+    if isinstance(network, nn.Sequential):
+        return Compiled(network, wanted == "auto")
+    # each part by itself: its gradients are averaged during the backward pass of the next
+    view, parts = copy.copy(network), network._modules.items()
+    view._modules = {name: part and Compiled(part, wanted == "auto") for name, part in parts}
+    return view
+
+
 class Compiled(nn.Module):
     """A module whose forward pass is compiled, for batches that are alike in all steps.
 
-    falls_back: where compilation fails, print one line and go on without it; or raise UserError.
+    falls_back: where compilation fails, say so and go on without it, instead of raising UserError.
     """
 
     reported = False
@@ -84,8 +91,7 @@ class Compiled(nn.Module):
                 raise UserError(f"compile = true: {fault}; set compile=false") from error
             if rank() == 0 and not Compiled.reported:
                 Compiled.reported = True
-                message = f"compile = auto: {fault}, training goes on without it"
-                print(message, file=sys.stderr, flush=True)
+                print(f"compile = auto: {fault}, training goes on without it", file=sys.stderr)
             self.call = self.module.forward
             return self.call(*inputs)
 
@@ -94,8 +100,7 @@ def environment(device):
     """Return what a result depends on besides its configuration: code, versions, hardware."""
     here = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": False}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], **here).stdout.strip()
-    gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if gpu else platform.processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
     versions |= {"numpy": np.__version__, "opencv": cv2.__version__}
     found = {"commit": commit or None, "python": platform.python_version(), **versions}
@@ -104,10 +109,7 @@ def environment(device):
 
 
 def memory_gb(device):
-    """Return the peak memory in GiB: of the GPU, or of this process on a CPU.
-
-    psutil has a process's peak on Windows alone; without Linux's, it is the memory of now.
-    """
+    """Return the peak memory in GiB, of the GPU or of this process; on macOS, the memory of now."""
     status = Path("/proc/self/status")
     if device.type == "cuda":
         size = torch.cuda.max_memory_allocated(device)

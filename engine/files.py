@@ -1,7 +1,6 @@
 """Files of a run: written atomically, loaded safely; checkpoints; the lock on its folder."""
 
 import contextlib
-import hashlib
 import os
 import platform
 from pathlib import Path
@@ -21,10 +20,7 @@ _locks = {}  # folder -> the lock that this process holds on it
 
 
 def write_atomically(path, write):
-    """Call write(temporary path), then rename the result to `path`.
-
-    Readers see the old file or the complete new one. Raises UserError where writing fails.
-    """
+    """Write a file wholly or not at all: write(temporary path), then rename. Raises UserError."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -34,9 +30,8 @@ def write_atomically(path, write):
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError, cv2.error) as error:  # torch.save: RuntimeError on a full disk
-        reason = getattr(error, "strerror", None) or error
-        remedy = "free some disk space, then run the same command again"
-        raise UserError(f"{path}: cannot be written ({reason}); {remedy}") from error
+        fault = f"cannot be written ({getattr(error, 'strerror', None) or error})"
+        raise UserError(f"{path}: {fault}; free disk space and run the command again") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -47,53 +42,30 @@ def write_text(path, text):
 
 
 def load_tensors(path):
-    """Return the state dict in a file written by torch.save, on the CPU.
-
-    Nothing in the file is executed. Raises UserError for any other file.
-    """
+    """Return the state dict in a file, on the CPU; no code in it is executed. Raises UserError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such file of weights") from error
     except Exception as error:  # a dozen types, depending on what the file is instead
-        fault = f"not a file of tensors that is safe to load ({one_line(error)})"
-        raise UserError(f"{path}: {fault}") from error
+        raise UserError(f"{path}: not safe to load as tensors ({one_line(error)})") from error
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a state dict")
     return state
 
 
 def find(path, cfg):
-    """Return `path` or, where it does not exist, the file of this name in the run's folder.
-
-    Raises UserError where neither exists.
-    """
+    """Return `path`, or else the file of this name in the run's folder. Raises UserError."""
     for found in (Path(path), Path(cfg.output) / cfg.name / path):
         if found.exists():
             return found
     raise UserError(f"{path}: there is no such file, nor {found}")
 
 
-def restore(path, state, names):
-    """Load a checkpoint into the parts of `state`; return its other entries of these `names`.
-
-    state: name -> module, optimizer or scaler. Raises UserError for a checkpoint that does not fit.
-    """
-    saved = load_tensors(path)
-    try:
-        for name, part in state.items():
-            part.load_state_dict(saved[name])
-        return [saved[name] for name in names]
-    except (KeyError, ValueError, RuntimeError) as error:  # what load_state_dict raises
-        fault = f"does not fit this version of the code, or this device ({one_line(error)})"
-        raise UserError(f"{path}: {fault}; remove it, and the stage begins anew") from error
-
-
 def require_same(path, cfg, section, inputs):
     """Raise UserError unless a checkpoint was made with this configuration and these inputs.
 
-    Of the sections of stages (those with `steps`), only the stage's own, `section`, counts.
-    inputs: file name -> digest.
+    inputs: file name -> digest. Of the stages' sections (with `steps`), only `section` counts.
     """
     saved, changes = load_tensors(path), []
     config, digests = saved.get("config", {}), saved.get("inputs", {})
@@ -104,36 +76,20 @@ def require_same(path, cfg, section, inputs):
     others = [name for name, digest in inputs.items() if digests.get(name) != digest]
     changes += [f"another {name} than the one that is there now" for name in others]
     if changes:
-        remedy = "--force replaces it, name=... starts another run"
-        raise UserError(f"{path}: was made with {changes[0]}; {remedy}")
-
-
-def digest(path):
-    """Return a file's SHA-256 in hexadecimal."""
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            sha.update(block)
-    return sha.hexdigest()
+        raise UserError(f"{path}: was made with {changes[0]}; give --force or another name=...")
 
 
 def lock(folder, stage):
-    """Create and lock a run's folder until the process ends or calls unlock_all.
-
-    Raises UserError, which names the other process, if the folder is locked.
-    """
+    """Create a run's folder and lock it until unlock_all. Raises UserError if it is locked."""
     if folder in _locks:
         return
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / ".lock"
-    held = filelock.FileLock(file, blocking=False)
     try:
-        held.acquire()
+        _locks[folder] = filelock.FileLock(file).acquire(blocking=False).lock
     except filelock.Timeout as error:
         owner = file.read_text(encoding="utf-8") or "another process"
-        fault = f"{owner} is at work here; wait for it, or set name=..."
-        raise UserError(f"{folder}: {fault}") from error
-    _locks[folder] = held
+        raise UserError(f"{folder}: {owner} is at work here; wait, or set name=...") from error
     file.write_text(f"process {os.getpid()} on {platform.node()} ({stage})", encoding="utf-8")
 
 

@@ -106,10 +106,7 @@ def image_writer():
 
 @contextlib.contextmanager
 def video_writer(path, rate, size):
-    """Context manager: append RGB frames (H, W, 3) of `size` (H, W) to an MP4 file, atomically.
-
-    rate: frames per second. Raises UserError where the file cannot be written.
-    """
+    """Context manager: append RGB frames of `size` (H, W) to an MP4 file. Raises UserError."""
     temporary = Path(path).with_name(f".{Path(path).stem}.partial.mp4")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), rate, size[::-1])

@@ -16,11 +16,7 @@ from engine.processes import rank, world
 
 
 def part_size(cfg, section):
-    """Return the number of images in a part of a step's batch.
-
-    A step has world size x cfg.accumulate equal parts; cfg[section].batch is divided among them.
-    Raises UserError where it cannot be.
-    """
+    """Return how many images each of a step's world x accumulate parts has. Raises UserError."""
     batch, parts = cfg[section].batch, world() * cfg.accumulate
     if sum(batch) % parts:
         fault = f"the {sum(batch)} images of a step cannot be divided into {parts} equal parts"
@@ -42,17 +38,15 @@ def write_log(folder, stage, **figures):
 
 
 class Loop:
-    """The steps of a stage and their figures, which are written at intervals.
+    """The steps of a stage; figures are collected on the device, without waiting for it.
 
-    Figures are collected on the device, without waiting for it. They go to the progress bar or
-    stdout, to TensorBoard and to log.jsonl in the run's folder.
-    overall: name -> [numerator, denominator] since the stage began.
+    They are written to the bar or stdout, TensorBoard and log.jsonl. overall: name -> [numerator,
+    denominator] since the stage began.
     """
 
     def __init__(self, folder, stage, device):
         self.folder, self.stage, self.device = folder, stage, device
-        self.recent, self.overall = {}, {}
-        self.began = time.perf_counter()
+        self.recent, self.overall, self.began = {}, {}, time.perf_counter()
 
     def seconds(self):
         """Return the time since the stage began, that before a resumption included."""
@@ -68,19 +62,17 @@ class Loop:
 
         def note(number, _):
             nonlocal received
-            # A second signal comes from an impatient user; in a job of several processes, though,
-            # from torchrun or a scheduler for the same reason as the first.
+            # A second signal comes from an impatient user; of several processes, from torchrun.
             if received and world() == 1:
                 raise signals.Stopped(number)
             received = number
 
         handlers = signals.handle(note, note)
         options = {"unit": "img", "desc": self.stage, "dynamic_ncols": True}
+        if rank() == 0:
+            self.writer = SummaryWriter(self.folder / "tensorboard" / self.stage, purge_step=first)
         with progress(total=total * images, initial=first * images, **options) as self.bar:
             self.written, self.started = first, time.perf_counter()
-            if rank() == 0:
-                folder = self.folder / "tensorboard" / self.stage
-                self.writer = SummaryWriter(folder, purge_step=first)
             for step in range(first, total):
                 yield step
                 self.bar.update(images)
@@ -96,7 +88,7 @@ class Loop:
         signals.handle(*handlers)
         if rank() == 0:
             self.writer.close()
-        if received:  # in this process alone, after the last step
+        if received:  # by this process alone, after the last step
             raise signals.Stopped(received)
 
     def add(self, **figures):
@@ -108,10 +100,7 @@ class Loop:
             total[1] += below
 
     def write(self, step, total, images):
-        """Write the means since the last call; `step` of `total` steps are done, of `images` each.
-
-        Raises UserError where a figure is not finite.
-        """
+        """Write the means since the last call, unless one is not finite: raises UserError then."""
         parts = [part for pair in self.recent.values() for part in pair]
         sums = [torch.as_tensor(part, dtype=torch.float64, device=self.device) for part in parts]
         sums = processes.sum_over_processes(torch.stack(sums)).view(-1, 2).tolist()
@@ -129,10 +118,9 @@ class Loop:
                 self.writer.add_scalar(f"{self.stage}/{name}", figures[name], step)
         rate = done * images / (time.perf_counter() - self.started)
         self.written, self.started = step, time.perf_counter()
-        text = _in_words(figures)
+        text, left = _in_words(figures), (total - step) * images / rate / 60
         self.bar.set_postfix_str(text)
         if self.bar.disable:
-            left = (total - step) * images / rate / 60
             line = f"{self.stage} {step}/{total}  {text}  {rate:.1f} img/s  {left:.1f} min left"
             print(line, flush=True)
         more = {"images_per_second": round(rate, 2), "memory_gb": memory_gb(self.device)}

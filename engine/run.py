@@ -1,7 +1,7 @@
 """One stage at work in the folder of its run: where it writes, what it resumes, its steps."""
 
-import copy
 import functools
+import hashlib
 import json
 from pathlib import Path
 
@@ -9,20 +9,15 @@ import cv2
 import numpy as np
 import torch
 import yaml
-from torch import nn
 
 from engine import device, files, processes
-from engine.batchnorm import synchronise_batchnorm
-from engine.config import NAME, UserError, plain
+from engine.config import NAME, UserError, one_line, plain
 from engine.loop import Loop
 from engine.processes import rank, world
 
 
 class Run:
-    """A stage, which leaves `{stage}.pth` in the folder output/name.
-
-    cfg: a checked configuration. section: the stage's own part of it. dtype: of autocast.
-    """
+    """A stage, which leaves `{stage}.pth` in output/name; section: the key of its part of cfg."""
 
     def __init__(self, cfg, stage, section):
         if not NAME[1](stage):
@@ -31,8 +26,7 @@ class Run:
         self.folder = Path(cfg.output) / cfg.name
         self.result = self.folder / f"{stage}.pth"
         self.unfinished = self.folder / f"{stage}.unfinished.pth"
-        self.device = device.choose_device(cfg.device)
-        self.dtype = device.choose_dtype(cfg.precision, self.device)
+        self.device, self.dtype = device.choose(cfg.device, cfg.precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.gradient_means, self.figures = [], Loop(self.folder, stage, self.device)
         self.inputs = {}  # file name -> digest; rank 0 alone reads and saves them
@@ -48,7 +42,7 @@ class Run:
     def place(self, module):
         """Return the module on the device, in channels-last; GPUs share their batch norm."""
         if self.device.type == "cuda":
-            module = synchronise_batchnorm(module)
+            module = processes.synchronise_batchnorm(module)
         return module.to(self.device, memory_format=torch.channels_last)
 
     def fetch(self, batch):
@@ -56,43 +50,28 @@ class Run:
         return device.fetch(batch, self.device)
 
     def compiled(self, network):
-        """Return the network for forward passes in the steps, compiled as cfg.compile says.
-
-        "auto": on a GPU, and where compilation fails without it. Each part is compiled by itself,
-        so that gradients of one part are averaged during the backward pass of the next.
-        """
-        auto = self.cfg.compile == "auto"
-        if self.cfg.compile is False or (auto and self.device.type == "cpu"):
-            return network
-        if isinstance(network, nn.Sequential):
-            return device.Compiled(network, auto)
-        view, parts = copy.copy(network), network._modules.items()
-        view._modules = {name: part and device.Compiled(part, auto) for name, part in parts}
-        return view
+        """Return the network for forward passes in the steps, compiled as cfg.compile says."""
+        return device.compiled(network, self.cfg.compile, self.device)
 
     def parallel(self, network):
-        """Return the trained network for forward passes in the steps, and for no others.
-
-        Its gradients are averaged over all processes. Checkpoints take the network itself.
-        """
+        """Return the trained network for the steps; its gradients are averaged over processes."""
         if world() > 1:
             self.gradient_means.append(processes.GradientMean(network))
         return self.compiled(network)
 
     def is_finished(self, force, inputs=()):
-        """Lock the run's folder; return whether the stage's result is there.
+        """Lock the run's folder; return whether the stage's result is there. Raises UserError.
 
-        inputs: files of earlier stages that this one reads. force: remove result and unfinished
-        checkpoint first. Raises UserError where the folder is locked, or where either was made with
-        another configuration or other inputs.
+        inputs: files of earlier stages that this one reads. force: remove its checkpoints first.
         """
-        return processes.decided_by_first(lambda: self._is_finished(force, map(Path, inputs)))
+        return processes.decided_by_first(lambda: self._is_finished(force, inputs))
 
     def _is_finished(self, force, inputs):
         files.lock(self.folder, self.stage)
         for left in self.folder.glob(f".{self.stage}.*.partial"):  # of a process that was killed
             left.unlink(missing_ok=True)
-        self.inputs = {path.name: files.digest(path) for path in inputs if path.is_file()}
+        for path in filter(Path.is_file, map(Path, inputs)):
+            self.inputs[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
         for path in (self.result, self.unfinished):
             if force:
                 path.unlink(missing_ok=True)
@@ -111,16 +90,22 @@ class Run:
             files.write_text(self.folder / "environment.json", text)
 
     def resume(self, state):
-        """Load the unfinished checkpoint into `state`; return its number of steps, or None.
+        """Load the unfinished checkpoint into `state`; return its steps, or None without one.
 
         state: name -> module, optimizer or scaler. Raises UserError where it does not fit.
         """
         if not self.unfinished.exists():
             return None
-        names = ("overall", "seconds", "step")
-        self.figures.overall, seconds, step = files.restore(self.unfinished, state, names)
-        self.figures.began -= seconds
-        return step
+        saved = files.load_tensors(self.unfinished)
+        try:
+            for name, part in state.items():
+                part.load_state_dict(saved[name])
+            self.figures.overall = saved["overall"]
+            self.figures.began -= saved["seconds"]
+            return saved["step"]
+        except (KeyError, ValueError, RuntimeError) as error:  # what load_state_dict raises
+            fault = f"does not fit this version of the code, or this device ({one_line(error)})"
+            raise UserError(f"{self.unfinished}: {fault}; remove it to begin anew") from error
 
     def save(self, path, step, state, **more):
         """Write a checkpoint of `state` after `step` steps, and `more`, in rank 0."""
@@ -146,9 +131,9 @@ class Run:
     def steps(self, batches, first, total, state):
         """Yield (step, parts) for each step from `first` to `total`.
 
-        Iterating over parts yields this process's parts of the step's batch, on the device; the
-        gradients are averaged once it ends. torch's generators are seeded for each part. Figures
-        are logged, and `state` is saved, at the configured intervals and when a signal arrives.
+        Iterating over parts yields this process's parts of the step's batch, on the device; before
+        each, torch is seeded, and after the last, gradients are averaged. Figures are logged, and
+        `state` is saved, at the configured intervals and when a signal arrives.
         """
         images = batches.batch_size * world() * self.cfg.accumulate
         batches, save = iter(batches), functools.partial(self.save_unfinished, state=state)
