@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from datasets import Whole, loader
 from engine.config import UserError
 from engine.files import load_tensors
-from engine.folder import write_log
-from engine.log import progress
+from engine.loop import progress, write_log
 from engine.processes import sum_over_processes
 from losses import probability_labels, upsample
 from models import recalibrate_batchnorm

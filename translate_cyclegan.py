@@ -18,8 +18,7 @@ from engine.command import arguments, command
 from engine.config import UserError
 from engine.files import load_tensors
 from engine.images import image_writer, read_image
-from engine.log import progress
-from engine.loop import part_size
+from engine.loop import part_size, progress
 from engine.processes import all_gather_rows, decided_by_first, rank, world
 from engine.run import Run
 from losses import semantic_edge_loss

@@ -5,7 +5,6 @@ A rule is a pair: what is expected, in words; the test of a value.
 """
 
 import difflib
-import functools
 import re
 from pathlib import Path
 
@@ -27,41 +26,28 @@ def plain(config):
     return {k: plain(v) for k, v in config.items()} if isinstance(config, dict) else config
 
 
-# ---------------------------------------------------------------- rules
-
-
 def integer(low, high=10**9):
     return f"an integer from {low} to {high}", lambda v: type(v) is int and low <= v <= high
 
 
 def number(low, high=1e6):
-    def test(value):
-        return type(value) in (int, float) and low <= value <= high
-
-    return f"a number from {low:g} to {high:g}", test
+    words = f"a number from {low:g} to {high:g}"
+    return words, lambda v: type(v) in (int, float) and low <= v <= high
 
 
 def choice(*options):
-    def test(value):
-        return any(type(value) is type(option) and value == option for option in options)
-
-    return " | ".join(map(str, options)), test
+    words = " | ".join(map(str, options))
+    return words, lambda v: any(type(v) is type(option) and v == option for option in options)
 
 
 def multiple_of(step, low, high):
-    def test(value):
-        return type(value) is int and low <= value <= high and value % step == 0
-
-    return f"a multiple of {step} from {low} to {high}", test
+    is_between = integer(low, high)[1]
+    return f"a multiple of {step} from {low} to {high}", lambda v: is_between(v) and v % step == 0
 
 
 def sequence(rule, low=0, high=10**6):
-    words = f"{low}" if low == high else f"{low} or more"
-
-    def test(value):
-        return isinstance(value, list) and low <= len(value) <= high and all(map(rule[1], value))
-
-    return f"a list of {words}, each {rule[0]}", test
+    words = f"a list of {low if low == high else f'{low} or more'}, each {rule[0]}"
+    return words, lambda v: isinstance(v, list) and low <= len(v) <= high and all(map(rule[1], v))
 
 
 def mapping(key, value, low=1):
@@ -87,9 +73,6 @@ NAME = pattern("a name of letters, digits, - _ .", r"[\w.-]*\w")
 ANY = "*"  # as a key of a schema: any name
 
 
-# ---------------------------------------------------------------- reading and merging
-
-
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
     """Safe YAML loader that reads 1e-4 as a number (YAML 1.2) and refuses duplicate keys."""
 
@@ -100,11 +83,8 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         return pairs
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
+FLOAT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
 
 
 def read(path):
@@ -112,8 +92,7 @@ def read(path):
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        message = f"{path}: cannot be read as a configuration ({one_line(error)}); see --cfg"
-        raise UserError(message) from error
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); see --cfg") from error
     tree = _parse(text, path)
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a configuration maps keys to values; see config.yaml")
@@ -122,14 +101,12 @@ def read(path):
 
 def read_with_base(path, schema):
     """Return a file's mapping on top of the file that its `base:` names. Raises UserError."""
-    tree = read(path)
-    if "base" not in tree:
-        return tree
-    base_path = Path(path).parent / str(tree.pop("base"))
-    base = read(base_path)
-    if "base" in base:
-        message = f"{base_path}: is the base of {path} and names a base itself; one level is read"
-        raise UserError(message)
+    tree, base = read(path), {}
+    if "base" in tree:
+        base_path = Path(path).parent / str(tree.pop("base"))
+        base = read(base_path)
+        if "base" in base:
+            raise UserError(f"{base_path}: is a base and names a base itself; one level is read")
     return merge(base, tree, schema)
 
 
@@ -148,11 +125,11 @@ def override(tree, overrides, schema):
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
-            example = "for instance warmup.steps=1000"
-            raise UserError(f"{one_line(text)}: an override has the form key.sub=value, {example}")
+            raise UserError(f"{one_line(text)}: an override has the form key.sub=value")
         value = _parse(value, one_line(text))
-        nested = functools.reduce(lambda v, k: {k: v}, reversed(key.split(".")), value)
-        tree = merge(tree, nested, schema)
+        for name in reversed(key.split(".")):
+            value = {name: value}
+        tree = merge(tree, value, schema)
     return tree
 
 
@@ -169,40 +146,29 @@ def one_line(value):
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
-# ---------------------------------------------------------------- checking
+def check(tree, schema, origin, prefix="", whole=None):
+    """Return the Config of a tree. Raises UserError unless it fits the schema.
 
-
-def check(tree, schema, origin):
-    """Return the Config of a tree that fits the schema.
-
-    Raises UserError, which names the key, the value and what it must be, or the nearest valid key.
+    prefix, whole: of a nested tree, its key with a dot, and the schema of everything.
     """
-    return _check(tree, schema, "", origin, schema)
-
-
-def _check(tree, schema, prefix, origin, whole):
+    checked, whole = Config(), whole or schema
     if ANY in schema:
         schema = {key if NAME[1](key) else ANY: schema[ANY] for key in tree}
     for key, value in tree.items():
         if key not in schema:
-            name = f"{prefix}{key}"
-            found = f"{one_line(name)} = {one_line(repr(value))}"
-            raise UserError(f"{origin}: unknown key {found}; the nearest is {nearest(name, whole)}")
-    checked = Config()
+            found, known = one_line(f"{prefix}{key} = {value!r}"), nearest(f"{prefix}{key}", whole)
+            raise UserError(f"{origin}: unknown key {found}; the nearest is {known}")
     for key, rule in schema.items():
-        name = f"{prefix}{key}"
+        name, value = f"{prefix}{key}", tree.get(key)
         if key not in tree:
-            message = f"{origin}: the key {name} is missing; start from config.yaml with `base:`"
-            raise UserError(message)
-        found = f"{origin}: {name} = {one_line(repr(tree[key]))}"
-        if not isinstance(rule, dict):
-            if not rule[1](tree[key]):
-                raise UserError(f"{found} must be {rule[0]}")
-            checked[key] = tree[key]
-        elif not isinstance(tree[key], dict):
-            raise UserError(f"{found} must hold the keys {', '.join(rule)}")
+            raise UserError(f"{origin}: {name} is missing; start from config.yaml with `base:`")
+        if isinstance(rule, dict):
+            must = f"hold the keys {', '.join(rule)}"
+            require(isinstance(value, dict), origin, name, value, must)
+            value = check(value, rule, origin, f"{name}.", whole)
         else:
-            checked[key] = _check(tree[key], rule, f"{name}.", origin, whole)
+            require(rule[1](value), origin, name, value, f"be {rule[0]}")
+        checked[key] = value
     return checked
 
 

@@ -1,30 +1,36 @@
-"""The device and the precision of a run, and what is put there."""
+"""The device and the precision of a run, compiled networks, hardware and memory."""
 
 import copy
 import json
 import os
+import platform
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
+import cv2
+import numpy as np
+import psutil
 import torch
+import torchvision
 from torch import nn
 
-from engine.batchnorm import synchronise_batchnorm
-from engine.config import UserError
+from engine.config import UserError, one_line
 from engine.processes import rank, world
 
 MEASURED = Path(__file__).parent.parent / "gpu.json"  # what tools/gpu_hour.py leaves
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def choose_device(name):
-    """Return the device for "auto", "cpu" or "cuda"; under torchrun, the GPU of the local rank.
+def choose(name, precision):
+    """Return the device and the dtype that cfg.device and cfg.precision name. Raises UserError.
 
-    Raises UserError where there is no such device.
+    "auto": a GPU (under torchrun, of the local rank) where there is one; the fastest dtype it has.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        message = "device = cuda, but PyTorch finds no GPU here; use device=auto or device=cpu"
-        raise UserError(message)
+        raise UserError("device = cuda: PyTorch finds no GPU here; use device=auto or device=cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and world() > 1:
@@ -32,31 +38,18 @@ def choose_device(name):
         if local >= count:
             raise UserError(f"--nproc_per_node is more than the {count} GPUs of this machine")
         torch.cuda.set_device(local)
-    return torch.device(name)
-
-
-def choose_dtype(precision, device):
-    """Return the dtype for "bf16", "fp16", "fp32" or "auto": the fastest that the device has."""
-    if precision == "auto" and device.type == "cuda":
+    if precision == "auto" and name == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if has_bf16 else "fp16"
     elif precision == "auto":
         precision = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
-    return DTYPES[precision]
-
-
-def place(module, device):
-    """Return the module on the device, in channels-last, with batch norm shared between GPUs."""
-    if device.type == "cuda":
-        module = synchronise_batchnorm(module)
-    return module.to(device, memory_format=torch.channels_last)
+    return torch.device(name), DTYPES[precision]
 
 
 def fetch(batch, device):
-    """Return what a loader yields, on the device.
+    """Return a tensor that a loader yields, or nested dicts of them, on the device.
 
-    Images uint8 ([B,] H, W, 3) become float32 ([B,] 3, H, W) in [0, 1], label maps uint8 become
-    int64, and dicts keep their keys.
+    Images uint8 ([B,] H, W, 3) become float32 ([B,] 3, H, W) in [0, 1], label maps uint8 int64.
     """
     if isinstance(batch, dict):
         return {name: fetch(part, device) for name, part in batch.items()}
@@ -81,28 +74,21 @@ def compilation_pays(device):
 
 
 def compiled(network, wanted, device):
-    """Return a network's compiled forward pass, for batches that are alike in all steps.
-
-    wanted: True, False or "auto": if it pays, and without it where compilation fails. Each part of
-    the network is compiled by itself, so that the gradients of one part are averaged during the
-    backward pass of the next.
-    """
+    """Return the network, compiled if `wanted` is True, or "auto" and it pays."""
     if wanted is False or (wanted == "auto" and not compilation_pays(device)):
         return network
     if isinstance(network, nn.Sequential):
         return Compiled(network, wanted == "auto")
-    view = copy.copy(network)
-    view._modules = {
-        name: part and Compiled(part, wanted == "auto") for name, part in network._modules.items()
-    }
+    # each part by itself: its gradients are averaged during the backward pass of the next
+    view, parts = copy.copy(network), network._modules.items()
+    view._modules = {name: part and Compiled(part, wanted == "auto") for name, part in parts}
     return view
 
 
 class Compiled(nn.Module):
-    """A module whose forward pass is compiled.
+    """A module whose forward pass is compiled, for batches that are alike in all steps.
 
-    falls_back: where compilation fails, say so in one line and go on without it, instead of raising
-    UserError.
+    falls_back: where compilation fails, say so and go on without it, instead of raising UserError.
     """
 
     reported = False
@@ -116,13 +102,38 @@ class Compiled(nn.Module):
         try:
             return self.call(*inputs)
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = " ".join(str(error).partition("Set TORCHDYNAMO_VERBOSE")[0].split())[:160]
+            reason = one_line(str(error).partition("Set TORCHDYNAMO_VERBOSE")[0])
+            fault = f"compilation fails here ({reason})"
             if not self.falls_back:
-                message = f"compile = true: PyTorch cannot compile this network here ({reason})"
-                raise UserError(f"{message}; set compile=false") from error
+                raise UserError(f"compile = true: {fault}; set compile=false") from error
             if rank() == 0 and not Compiled.reported:
                 Compiled.reported = True
-                message = "compile = auto: compilation fails here, training goes on without it"
-                print(f"{message} ({reason})", file=sys.stderr, flush=True)
+                print(f"compile = auto: {fault}, training goes on without it", file=sys.stderr)
             self.call = self.module.forward
             return self.call(*inputs)
+
+
+def environment(device):
+    """Return what a result depends on besides its configuration: code, versions, hardware."""
+    here = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": False}
+    git = shutil.which("git")
+    commit = git and subprocess.run([git, "rev-parse", "HEAD"], **here).stdout.strip()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    versions |= {"numpy": np.__version__, "opencv": cv2.__version__}
+    found = {"commit": commit or None, "python": platform.python_version(), **versions}
+    machine = {"device": name or platform.machine(), "cores": os.cpu_count()}
+    return found | machine | {"processes": world()}
+
+
+def memory_gb(device):
+    """Return the peak memory in GiB, of the GPU or of this process; on macOS, the memory of now."""
+    status = Path("/proc/self/status")
+    if device.type == "cuda":
+        size = torch.cuda.max_memory_allocated(device)
+    elif status.is_file():
+        size = 2**10 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text(encoding="utf-8"))[1])
+    else:
+        memory = psutil.Process().memory_info()
+        size = getattr(memory, "peak_wset", memory.rss)
+    return round(size / 2**30, 3)

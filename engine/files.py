@@ -1,19 +1,26 @@
-"""Files that are written completely or not at all, and checkpoints that cannot execute code."""
+"""Files of a run: written atomically, loaded safely; checkpoints; the lock on its folder."""
 
+import contextlib
 import os
+import platform
 from pathlib import Path
 
 import cv2
+import filelock
 import torch
 
-from engine.config import UserError
+from engine.config import UserError, one_line, plain
+
+# keys that may differ between a checkpoint and the command that goes on with it
+FREE_KEYS = {
+    "name", "output", "stages", "device", "compile", "workers", "accumulate", "val", "evaluation",
+    "log_every", "pictures_every", "save_every", "val_every",
+}  # fmt: skip
+_locks = {}  # folder -> the lock that this process holds on it
 
 
 def write_atomically(path, write):
-    """Call write(temporary path), then rename the result to `path`.
-
-    Readers see the old file or the complete new one. Raises UserError where writing fails.
-    """
+    """Write a file wholly or not at all: write(temporary path), then rename. Raises UserError."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -23,9 +30,8 @@ def write_atomically(path, write):
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError, cv2.error) as error:  # torch.save: RuntimeError on a full disk
-        reason = getattr(error, "strerror", None) or error
-        remedy = "free some disk space, then run the same command again"
-        raise UserError(f"{path}: cannot be written ({reason}); {remedy}") from error
+        fault = f"cannot be written ({getattr(error, 'strerror', None) or error})"
+        raise UserError(f"{path}: {fault}; free disk space and run the command again") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -36,29 +42,64 @@ def write_text(path, text):
 
 
 def load_tensors(path):
-    """Return the state dict in a file written by torch.save, on the CPU.
-
-    Nothing in the file is executed. Raises UserError for any other file.
-    """
+    """Return the state dict in a file, on the CPU; no code in it is executed. Raises UserError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such file of weights") from error
     except Exception as error:  # a dozen types, depending on what the file is instead
-        reason = " ".join(str(error).split())[:120]
-        message = f"{path}: not a file of tensors that is safe to load ({reason})"
-        raise UserError(message) from error
+        raise UserError(f"{path}: not safe to load as tensors ({one_line(error)})") from error
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a state dict")
     return state
 
 
 def find(path, cfg):
-    """Return `path` if it exists, else the file of this name in the run's folder.
+    """Return `path`, or else the file of this name in the run's folder. Raises UserError."""
+    for found in (Path(path), Path(cfg.output) / cfg.name / path):
+        if found.exists():
+            return found
+    raise UserError(f"{path}: there is no such file, nor {found}")
 
-    Raises UserError where neither exists.
+
+def require_same(path, cfg, section, inputs):
+    """Raise UserError unless a checkpoint was made with this configuration and these inputs.
+
+    inputs: file name -> digest. Of the stages' sections (with `steps`), only `section` counts.
     """
-    inside = Path(cfg.output) / cfg.name / path
-    if not Path(path).exists() and not inside.exists():
-        raise UserError(f"{path}: there is no such file, nor {inside}")
-    return Path(path) if Path(path).exists() else inside
+    saved, changes = load_tensors(path), []
+    config, digests = saved.get("config", {}), saved.get("inputs", {})
+    for key, value in plain(cfg).items():
+        of_another_stage = isinstance(value, dict) and "steps" in value and key != section
+        if key not in FREE_KEYS and not of_another_stage and config.get(key) != value:
+            changes.append(f"another {key}: {config.get(key)} instead of {value}")
+    others = [name for name, digest in inputs.items() if digests.get(name) != digest]
+    changes += [f"another {name} than the one that is there now" for name in others]
+    if changes:
+        raise UserError(f"{path}: was made with {changes[0]}; give --force or another name=...")
+
+
+def lock(folder, stage):
+    """Create a run's folder and lock it until unlock_all. Raises UserError if it is locked."""
+    if folder in _locks:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / ".lock"
+    try:
+        _locks[folder] = filelock.FileLock(file).acquire(blocking=False).lock
+    except filelock.Timeout as error:
+        owner = file.read_text(encoding="utf-8") or "another process"
+        raise UserError(f"{folder}: {owner} is at work here; wait, or set name=...") from error
+    file.write_text(f"process {os.getpid()} on {platform.node()} ({stage})", encoding="utf-8")
+
+
+def unlock_all():
+    """Release all locks; remove a folder in which nothing else was written."""
+    while _locks:
+        folder, held = _locks.popitem()
+        held.release()
+        if [path.name for path in folder.glob("*")] == [".lock"]:
+            (folder / ".lock").unlink()
+            with contextlib.suppress(OSError):  # other runs may be in it
+                folder.rmdir()
+                folder.parent.rmdir()

@@ -4,7 +4,6 @@ Images are RGB uint8 (H, W, 3). Label maps are uint8 (H, W): classes 0 ... K-1, 
 pixel is ignored. Colours are a dict: class name -> (r, g, b), in the order of the class numbers.
 """
 
-import collections
 import contextlib
 import io
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -18,38 +17,32 @@ from engine.config import UserError
 from engine.files import write_atomically
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PALETTE = b"\x03"  # the colour type in a PNG's header
 # The only threads beside the main one that use OpenCV. They are never ended: an ending thread holds
 # a lock of OpenCV, for which a DataLoader worker that is forked in that moment waits for ever.
 threads = ThreadPoolExecutor(4)
 
 
 def read_image(path):
-    """Return an image file as RGB uint8 (H, W, 3).
-
-    Raises UserError for a file that is missing, broken or not an image.
-    """
+    """Return an image file as RGB uint8 (H, W, 3). Raises UserError for any other file."""
     return _decode(path, _read(path), cv2.IMREAD_COLOR_RGB)
 
 
 def read_label(path, red_only=False):
     """Return the values of a label file, (H, W) uint8 or uint16; of a paletted PNG its indices.
 
-    red_only: read the first (red) channel of a colour image, where SYNTHIA stores classes.
-    Raises UserError for a file that is missing, broken or not a label.
+    red_only: of a colour image, its red channel, where SYNTHIA has classes. Raises UserError.
     """
     data = _read(path)
     png = data.startswith(PNG_SIGNATURE)
-    if png and data[25:26] == PALETTE:
-        return _decode_indices(path, data)
+    if png and data[25:26] == b"\x03":  # with a palette: OpenCV would return its colours
+        return _decode(path, data)
     values = _decode(path, data, cv2.IMREAD_UNCHANGED)
     if png and data[24] < 8 and values.ndim == 2:  # OpenCV spreads 1, 2 and 4 bits over 0 ... 255
         values = values // (255 // (2 ** data[24] - 1))
     if red_only and values.ndim == 3:
         values = np.ascontiguousarray(values[..., 2])
     if values.ndim != 2:
-        remedy = "a label holds one value a pixel: convert it to a gray or paletted PNG"
-        raise UserError(f"{path}: is a colour image; {remedy}")
+        raise UserError(f"{path}: is a colour image; convert it to a gray or paletted PNG")
     if values.dtype not in (np.uint8, np.uint16):
         raise UserError(f"{path}: holds {values.dtype} values; a label holds 8- or 16-bit integers")
     return values
@@ -59,41 +52,33 @@ def _read(path):
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        message = f"{path}: cannot be read ({error.strerror}); restore the file or remove it"
-        raise UserError(message) from error
-    cut = (data.startswith(PNG_SIGNATURE) and b"IEND" not in data[-64:]) or (
-        data.startswith(b"\xff\xd8") and b"\xff\xd9" not in data[-65536:]
-    )
-    if cut or not data:
-        what = "cut short" if data else "empty"
-        raise UserError(f"{path}: is {what}; restore the file or remove it")
+        raise UserError(f"{path}: cannot be read ({error.strerror}); restore it") from error
+    cut_png = data.startswith(PNG_SIGNATURE) and b"IEND" not in data[-64:]
+    cut_jpeg = data.startswith(b"\xff\xd8") and b"\xff\xd9" not in data[-65536:]
+    if cut_png or cut_jpeg or not data:
+        raise UserError(f"{path}: is empty or cut short; restore the file or remove it")
     return data
 
 
-def _decode(path, data, flags):
+def _decode(path, data, flags=None):
+    """Decode with OpenCV or, without its flags, with Pillow."""
     try:
+        if flags is None:
+            return np.array(Image.open(io.BytesIO(data)))
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error:
+    except Exception:  # cv2.error; Pillow raises a dozen types, depending on the damage
         image = None
     if image is None:
         raise UserError(f"{path}: is broken, or not an image; restore the file or remove it")
     return image
 
 
-def _decode_indices(path, data):
-    """Return the indices of a paletted PNG, (H, W) uint8; OpenCV would return their colours."""
-    try:
-        return np.array(Image.open(io.BytesIO(data)))
-    except Exception as error:  # Pillow: OSError, SyntaxError, ValueError, struct.error, zlib.error
-        raise UserError(f"{path}: is broken; restore the file or remove it") from error
-
-
 def write_image(path, image):
     """Write uint8 RGB (H, W, 3) or gray (H, W) atomically, in the format of the extension."""
+    path = Path(path)
 
     def write(temporary):
-        pixels = image[..., ::-1] if image.ndim == 3 else image
-        done, data = cv2.imencode(Path(path).suffix, pixels)
+        done, data = cv2.imencode(path.suffix, image[..., ::-1] if image.ndim == 3 else image)
         if not done:
             raise OSError("OpenCV failed")
         temporary.write_bytes(data.tobytes())
@@ -103,16 +88,13 @@ def write_image(path, image):
 
 @contextlib.contextmanager
 def image_writer():
-    """Context manager: encode and write images in background threads, by `write(path, image)`.
-
-    All files are complete when the block exits.
-    """
-    pending = collections.deque()
+    """Context manager: write_image in background threads; all files are complete at its exit."""
+    pending = []
 
     def write(path, image):
         pending.append(threads.submit(write_image, path, image))
         if len(pending) > 8:
-            pending.popleft().result()
+            pending.pop(0).result()
 
     try:
         yield write
@@ -124,14 +106,10 @@ def image_writer():
 
 @contextlib.contextmanager
 def video_writer(path, rate, size):
-    """Context manager: append RGB frames (H, W, 3) of `size` (H, W) to an MP4 file.
-
-    The file appears when it is complete. Raises UserError where it cannot be written.
-    """
+    """Context manager: append RGB frames of `size` (H, W) to an MP4 file. Raises UserError."""
     temporary = Path(path).with_name(f".{Path(path).stem}.partial.mp4")
     temporary.parent.mkdir(parents=True, exist_ok=True)
-    codec = cv2.VideoWriter_fourcc(*"mp4v")
-    writer = cv2.VideoWriter(str(temporary), codec, rate, (size[1], size[0]))
+    writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), rate, size[::-1])
     if not writer.isOpened():
         raise UserError(f"{path}: cannot be written; check the disk and OpenCV's video support")
     try:
@@ -144,15 +122,13 @@ def video_writer(path, rate, size):
 
 
 def resize(array, size, labels=False):
-    """Return (h, w[, 3]) scaled to (*size[, 3]).
-
-    Labels by nearest neighbour; images by area where they shrink, else bilinearly.
-    """
-    shrinks = size[0] <= array.shape[0] and size[1] <= array.shape[1]
-    method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    """Return (h, w[, 3]) scaled to (*size[, 3]): by area or bilinearly, labels by nearest."""
+    (height, width), method = map(int, size), cv2.INTER_LINEAR
+    if height <= array.shape[0] and width <= array.shape[1]:
+        method = cv2.INTER_AREA
     if labels:
         method = cv2.INTER_NEAREST_EXACT
-    return cv2.resize(array, (int(size[1]), int(size[0])), interpolation=method)
+    return cv2.resize(array, (width, height), interpolation=method)
 
 
 def paint(label, colours):
@@ -170,7 +146,6 @@ def legend(colours, width, cell=150):
     font = (cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
     for k, (name, colour) in enumerate(entries):
         x, y = k % across * cell + 4, k // across * 24 + 4
-        colour = [int(part) for part in colour]
         cv2.rectangle(picture, (x, y), (x + 16, y + 16), colour, cv2.FILLED)
         cv2.putText(picture, name, (x + 22, y + 13), *font)
     return picture

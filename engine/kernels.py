@@ -13,17 +13,12 @@ def upsampled_cross_entropy(logits, target, size, ignore_index=-100):
     q = softmax(upsampled logits), in float32; upsampling is bilinear with aligned corners.
     logits: (B, K, h, w) float. size: (H, W). target: labels y (B, H, W) int64, `ignore_index` where
     a pixel is left out; or logits (B, K, h, w) float, whose upsampled softmax is p (no gradient).
-    The same as the plain form in tests/test_losses.py.
     """
     return _CrossEntropy.apply(logits, target, size, ignore_index)
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Works through bands of rows of one image, and computes the gradient on the way forward.
-
-    Upsampling is two matrix products, and so is its gradient, so that the gradient has the logits'
-    own size and the full-size maps are those of one band.
-    """
+    """Goes through bands of rows, with their gradients; upsampling is two matrix products."""
 
     @staticmethod
     def forward(ctx, logits, target, size, ignore_index):

@@ -1,47 +1,161 @@
 """The loop over the steps of a stage: logs, saves and stops between steps."""
 
+import json
+import math
+import time
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
 from engine import processes, signals
 from engine.config import UserError
-from engine.log import progress
+from engine.device import memory_gb
+from engine.images import paint, resize, write_image
+from engine.processes import rank, world
 
 
 def part_size(cfg, section):
-    """Return the number of images in a part of a step's batch.
-
-    A step has world size x cfg.accumulate equal parts; cfg[section].batch is divided among them.
-    Raises UserError where it cannot be.
-    """
-    batch, parts = cfg[section].batch, processes.world() * cfg.accumulate
+    """Return how many images each of a step's world x accumulate parts has. Raises UserError."""
+    batch, parts = cfg[section].batch, world() * cfg.accumulate
     if sum(batch) % parts:
-        factors = f"{processes.world()} processes x accumulate = {cfg.accumulate}"
         fault = f"the {sum(batch)} images of a step cannot be divided into {parts} equal parts"
-        message = f"{section}.batch = {batch}: {fault} ({factors}); change one of the three"
-        raise UserError(message)
+        remedy = f"change it, the {world()} processes or accumulate = {cfg.accumulate}"
+        raise UserError(f"{section}.batch = {batch}: {fault}; {remedy}")
     return sum(batch) // parts
 
 
-def steps(cfg, figures, first, total, images, save):
-    """Yield each step from `first` to `total`, of `images` images each.
+def progress(*args, **options):
+    """Return tqdm's progress bar; it is shown by rank 0, and on a terminal only."""
+    return tqdm(*args, disable=rank() > 0 or None, **options)
 
-    After a step: log at cfg.log_every, call save(step) at cfg.save_every, and after a signal do
-    both and raise Stopped, in all processes alike. figures: the Log.
+
+def write_log(folder, stage, **figures):
+    """Append a line to the run's log.jsonl, in rank 0."""
+    if rank() == 0:
+        with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": stage, **figures}) + "\n")
+
+
+class Loop:
+    """The steps of a stage; figures are collected on the device, without waiting for it.
+
+    They are written to the bar or stdout, TensorBoard and log.jsonl. overall: name -> [numerator,
+    denominator] since the stage began.
     """
-    options = {"unit": "img", "desc": figures.stage, "dynamic_ncols": True}
-    signals.noted_until_the_step_ends(True)
-    with progress(total=total * images, initial=first * images, **options) as bar:
-        figures.start(bar, first)
-        for step in range(first, total):
-            yield step
-            figures.step_done(images)
-            last = step + 1 == total
-            stop = processes.max_over_processes(signals.received())
-            saves = stop or ((step + 1) % cfg.save_every == 0 and not last)
-            if (step + 1) % cfg.log_every == 0 or saves or last:
-                figures.write(step + 1, total, images)
-            if saves:
-                save(step + 1)
-            if stop:
-                processes.barrier()  # torchrun stops all processes once one has ended
-                raise signals.Stopped(stop)
-    signals.noted_until_the_step_ends(False)
-    figures.stop()
+
+    def __init__(self, folder, stage, device):
+        self.folder, self.stage, self.device = folder, stage, device
+        self.recent, self.overall, self.began = {}, {}, time.perf_counter()
+
+    def seconds(self):
+        """Return the time since the stage began, that before a resumption included."""
+        return round(time.perf_counter() - self.began, 1)
+
+    def steps(self, cfg, first, total, images, save):
+        """Yield each step from `first` to `total`, of `images` images each.
+
+        After a step: write figures at cfg.log_every, call save(step) at cfg.save_every, and after a
+        signal do both and raise Stopped, in all processes alike.
+        """
+        received = 0
+
+        def note(number, _):
+            nonlocal received
+            # A second signal comes from an impatient user; of several processes, from torchrun.
+            if received and world() == 1:
+                raise signals.Stopped(number)
+            received = number
+
+        handlers = signals.handle(note, note)
+        options = {"unit": "img", "desc": self.stage, "dynamic_ncols": True}
+        if rank() == 0:
+            self.writer = SummaryWriter(self.folder / "tensorboard" / self.stage, purge_step=first)
+        with progress(total=total * images, initial=first * images, **options) as self.bar:
+            self.written, self.started = first, time.perf_counter()
+            for step in range(first, total):
+                yield step
+                self.bar.update(images)
+                done, stop = step + 1, processes.max_over_processes(received)
+                saves = stop or (done % cfg.save_every == 0 and done < total)
+                if done % cfg.log_every == 0 or saves or done == total:
+                    self.write(done, total, images)
+                if saves:
+                    save(done)
+                if stop:
+                    processes.barrier()  # torchrun stops all processes once one has ended
+                    raise signals.Stopped(stop)
+        signals.handle(*handlers)
+        if rank() == 0:
+            self.writer.close()
+        if received:  # by this process alone, after the last step
+            raise signals.Stopped(received)
+
+    def add(self, **figures):
+        """Add scalars, to be averaged, or ratios as pairs (numerator, denominator)."""
+        for name, figure in figures.items():
+            above, below = figure if isinstance(figure, tuple) else (figure, 1)
+            total = self.recent.setdefault(name, [0, 0])
+            total[0] += above.detach() if isinstance(above, torch.Tensor) else above
+            total[1] += below
+
+    def write(self, step, total, images):
+        """Write the means since the last call, unless one is not finite: raises UserError then."""
+        parts = [part for pair in self.recent.values() for part in pair]
+        sums = [torch.as_tensor(part, dtype=torch.float64, device=self.device) for part in parts]
+        sums = processes.sum_over_processes(torch.stack(sums)).view(-1, 2).tolist()
+        sums, self.recent = dict(zip(self.recent, sums, strict=True)), {}
+        figures, done = _means(sums), step - self.written
+        for name, value in figures.items():
+            if not math.isfinite(value):
+                fault = f"{name} became {value} in the {done} steps before step {step}"
+                remedy = "lower optimizer.lr_backbone and lr_head, or use precision=fp32"
+                raise UserError(f"{self.stage}: {fault}; the last checkpoint is kept; {remedy}")
+        for name, (above, below) in sums.items():
+            old = self.overall.get(name, [0, 0])
+            self.overall[name] = [old[0] + above, old[1] + below]
+            if rank() == 0:
+                self.writer.add_scalar(f"{self.stage}/{name}", figures[name], step)
+        rate = done * images / (time.perf_counter() - self.started)
+        self.written, self.started = step, time.perf_counter()
+        text, left = _in_words(figures), (total - step) * images / rate / 60
+        self.bar.set_postfix_str(text)
+        if self.bar.disable:
+            line = f"{self.stage} {step}/{total}  {text}  {rate:.1f} img/s  {left:.1f} min left"
+            print(line, flush=True)
+        more = {"images_per_second": round(rate, 2), "memory_gb": memory_gb(self.device)}
+        write_log(self.folder, self.stage, step=step, **_rounded(figures), **more)
+
+    def finish(self, steps, result):
+        """Write the means over the whole stage."""
+        means = _rounded(_means(self.overall))
+        write_log(self.folder, self.stage, finished=steps, **means, seconds=self.seconds())
+        print(f"{self.stage}: wrote {result}  {_in_words(means)}")
+
+    def show(self, step, colours, pictures):
+        """Write the first of each batch to TensorBoard and to samples/STAGE/NAME.png.
+
+        pictures: name -> images (B, 3, H, W) in [0, 1], label maps (B, h, w), or None (left out).
+        """
+        first = {name: batch[0].cpu() for name, batch in pictures.items() if batch is not None}
+        size = next(picture.shape[1:] for picture in first.values() if picture.dim() == 3)
+        for name, picture in first.items():
+            if picture.dim() == 3:
+                picture = picture.float().mul(255).round().clamp(0, 255).byte()
+                picture = picture.permute(1, 2, 0).numpy()
+            else:
+                picture = paint(resize(picture.byte().numpy(), size, labels=True), colours)
+            self.writer.add_image(f"{self.stage}/{name}", picture, step, dataformats="HWC")
+            write_image(self.folder / "samples" / self.stage / f"{name}.png", picture)
+
+
+def _means(sums):
+    return {name: above / max(below, 1e-12) for name, (above, below) in sums.items()}
+
+
+def _rounded(figures):
+    return {name: float(f"{value:.6g}") for name, value in figures.items()}
+
+
+def _in_words(figures):
+    return "  ".join(f"{name} {value:.3g}" for name, value in figures.items())

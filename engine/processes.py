@@ -1,15 +1,18 @@
-"""One process or, under torchrun, several: rank and world size, collectives, averaged gradients.
-
-Without torchrun there is no process group: the world size is 1, and each function returns what it
-was given.
-"""
+"""One process or, under torchrun, several: collectives, averaged gradients, batch norm over all."""
 
 import datetime
+import functools
 import os
 import sys
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
+import torch.nn.functional as F
+from torch import nn
+from torch._utils import _unflatten_dense_tensors
+
+from engine.config import UserError
 
 TIMEOUT = datetime.timedelta(minutes=10)  # longer than any process lets the others wait
 _store = None  # the job's key-value store; it outlives a single process
@@ -24,17 +27,10 @@ def join():
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
         _store = dist.PrefixStore(f"start {attempt}", store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(
-            backend, store=_store, rank=number, world_size=count, timeout=TIMEOUT
-        )
+        group = {"store": _store, "rank": number, "world_size": count, "timeout": TIMEOUT}
+        dist.init_process_group(backend, **group)
         if number > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
-
-
-def leave():
-    """Destroy the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def rank():
@@ -46,20 +42,12 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_loss_of_another(error):
-    """Return whether an exception says that another process cannot be reached."""
-    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
-
-
 def is_first_to_end():
     """Return True in the first process that asks: the one that reports why the job ends."""
     try:
         return _store is None or _store.add("ends", 1) == 1
     except RuntimeError:  # the store is gone, and torchrun with it
         return True
-
-
-# ---------------------------------------------------------------- collectives
 
 
 def sum_over_processes(tensor):
@@ -94,10 +82,7 @@ def all_gather_rows(rows):
 
 
 def in_batch_order(results):
-    """Yield the tuples of tensors that all processes made of a loader's batches, in batch order.
-
-    With several processes: on the CPU, once all have gone through their batches.
-    """
+    """Yield the tuples of tensors that all processes made of a loader's batches, in batch order."""
     if world() == 1:
         yield from results
         return
@@ -118,47 +103,113 @@ def decided_by_first(decide):
 class GradientMean:
     """Averages the gradients of a network over all processes, during the backward pass.
 
-    Gradients are reduced in buckets, each once it is complete, in the same order everywhere. Call
-    `begin` before the last backward pass of a step and `finish` after it.
-    DistributedDataParallel does the same, but makes the host wait for its timers.
+    Call `begin` before the last one of a step, and `finish` after it. DistributedDataParallel does
+    the same, but makes the host wait for its timers. Buckets are reduced in one order everywhere.
     """
 
     def __init__(self, network, bucket_size=2**23):
-        self.buckets, self.bucket_of, size = [[]], {}, 0
+        self.buckets, size = [[]], 0
         for parameter in reversed([p for p in network.parameters() if p.requires_grad]):
             if size > bucket_size:
                 self.buckets.append([])
                 size = 0
             size += parameter.numel()
             self.buckets[-1].append(parameter)
-            self.bucket_of[parameter] = len(self.buckets) - 1
-            parameter.register_post_accumulate_grad_hook(self._count)
-        self.missing, self.sent = [], []
+            count = functools.partial(self._count, len(self.buckets) - 1)
+            parameter.register_post_accumulate_grad_hook(count)
+        self.missing, self.sent, self.works = [], 0, []
 
     def begin(self):
-        self.missing, self.sent = [len(bucket) for bucket in self.buckets], []
+        self.missing = [len(bucket) for bucket in self.buckets]
 
     def finish(self):
-        while len(self.sent) < len(self.buckets):  # some parameters got no gradient
+        while self.sent < len(self.buckets):  # some parameters got no gradient
             self._send()
-        for gradients, flat, work in self.sent:
-            if gradients:
-                work.wait()
-                parts = flat.split([gradient.numel() for gradient in gradients])
-                parts = [part.view_as(g) for part, g in zip(parts, gradients, strict=True)]
-                torch._foreach_copy_(gradients, parts)
-        self.missing, self.sent = [], []
+        for gradients, flat, work in self.works:
+            work.wait()
+            torch._foreach_copy_(gradients, _unflatten_dense_tensors(flat, gradients))
+        self.missing, self.sent, self.works = [], 0, []
 
-    def _count(self, parameter):
+    def _count(self, bucket, _):
         if self.missing:
-            self.missing[self.bucket_of[parameter]] -= 1
-            while len(self.sent) < len(self.buckets) and not self.missing[len(self.sent)]:
+            self.missing[bucket] -= 1
+            while self.sent < len(self.buckets) and not self.missing[self.sent]:
                 self._send()
 
     def _send(self):
-        gradients = [p.grad for p in self.buckets[len(self.sent)] if p.grad is not None]
-        flat = work = None
+        gradients = [p.grad for p in self.buckets[self.sent] if p.grad is not None]
+        self.sent += 1
         if gradients:
             flat = torch.cat([gradient.flatten() for gradient in gradients]) / world()
-            work = dist.all_reduce(flat, async_op=True)
-        self.sent.append((gradients, flat, work))
+            self.works.append((gradients, flat, dist.all_reduce(flat, async_op=True)))
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """nn.BatchNorm2d whose statistics in training are those of all processes' batches.
+
+    All have the same size: sums are enough then, and no host waits as in nn.SyncBatchNorm. With
+    momentum None, a cumulative average, they are this process's own; only then is a count needed.
+    """
+
+    def forward(self, x):
+        if not self.training or self.momentum is None:
+            return super().forward(x)
+        tracked = self.track_running_stats
+        if world() == 1:
+            running = (self.running_mean, self.running_var) if tracked else (None, None)
+            return F.batch_norm(x, *running, self.weight, self.bias, True, self.momentum, self.eps)
+        y, mean, variance = _Synchronised.apply(x, self.weight, self.bias, self.eps)
+        if tracked:
+            count = world() * x.numel() / x.shape[1]
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        return y
+
+
+def synchronise_batchnorm(network):
+    """Return a network whose nn.BatchNorm2d were made BatchNorm, in place. Raises UserError."""
+    for name, module in network.named_modules():
+        if type(module) in (nn.BatchNorm2d, BatchNorm):
+            module.__class__ = BatchNorm
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and world() > 1:
+            fault = f"{name} is a {type(module).__name__}, which several GPUs cannot share"
+            raise UserError(f"model.network: {fault}; use one GPU, or another network")
+    return network
+
+
+def _mean_over_processes(tensor):
+    """Return the mean of all processes' tensors, in a form that torch.compile can capture."""
+    total = collectives.all_reduce(tensor, "sum", dist.group.WORLD)
+    return collectives.wait_tensor(total) / world()
+
+
+class _Synchronised(torch.autograd.Function):
+    """Normalise x (B, C, H, W) by all processes' mean (C,) and biased variance (C,)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        mean = x.mean((0, 2, 3), dtype=torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=(0, 2, 3), dtype=torch.float32)
+        moments = torch.stack([mean, norm.square() * x.shape[1] / x.numel()])
+        mean, square = _mean_over_processes(moments)
+        variance = (square - mean.square()).clamp(min=0)
+        ctx.save_for_backward(x, weight, mean, variance)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, variance)
+        return F.batch_norm(x, mean, variance, weight, bias, False, 0, eps), mean, variance
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        x, weight, mean, variance = ctx.saved_tensors
+        invstd = (variance + ctx.eps).rsqrt()
+        _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, None, None, mean, invstd, True, ctx.eps, [False, True, True]
+        )
+        means = torch.stack([grad_weight, grad_bias]) * (x.shape[1] / x.numel())
+        mean_weight, mean_bias = _mean_over_processes(means)
+        # w/s (grad - mean(grad) - x_hat mean(grad x_hat)), as a linear function of grad and x
+        scale = weight * invstd
+        slope = -scale * invstd * mean_weight
+        shift = -scale * mean_bias - slope * mean
+        scale, slope, shift = (part[:, None, None] for part in (scale, slope, shift))
+        return (grad * scale + x * slope + shift).to(x.dtype), grad_weight, grad_bias, None

@@ -1,24 +1,23 @@
 """One stage at work in the folder of its run: where it writes, what it resumes, its steps."""
 
 import functools
+import hashlib
+import json
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
+import yaml
 
-from engine import checkpoints, device, folder, processes
-from engine.config import NAME, UserError, plain
-from engine.log import Log
-from engine.loop import steps
+from engine import device, files, processes
+from engine.config import NAME, UserError, one_line, plain
+from engine.loop import Loop
 from engine.processes import rank, world
 
 
 class Run:
-    """A stage, which leaves `{stage}.pth` in the folder output/name.
-
-    cfg: a checked configuration. section: the stage's own part of it. dtype: of autocast.
-    """
+    """A stage, which leaves `{stage}.pth` in output/name; section: the key of its part of cfg."""
 
     def __init__(self, cfg, stage, section):
         if not NAME[1](stage):
@@ -27,28 +26,27 @@ class Run:
         self.folder = Path(cfg.output) / cfg.name
         self.result = self.folder / f"{stage}.pth"
         self.unfinished = self.folder / f"{stage}.unfinished.pth"
-        self.device = device.choose_device(cfg.device)
-        self.dtype = device.choose_dtype(cfg.precision, self.device)
+        self.device, self.dtype = device.choose(cfg.device, cfg.precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.parts = world() * cfg.accumulate  # of a step's batch
-        self.gradient_means, self.figures = [], Log(self.folder, stage, self.device)
+        self.gradient_means, self.figures = [], Loop(self.folder, stage, self.device)
         self.inputs = {}  # file name -> digest; rank 0 alone reads and saves them
         self.shows = None  # the number of steps done, in a step whose pictures are to be shown
         torch.backends.cudnn.benchmark = True
         torch.manual_seed(cfg.seed)
         cv2.setNumThreads(1)
 
-    # ---------------------------------------------------------------- device and precision
-
     def autocast(self):
         """Return a context in which networks compute in the run's precision."""
-        enabled = self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype, enabled=enabled)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def place(self, module):
-        return device.place(module, self.device)
+        """Return the module on the device, in channels-last; GPUs share their batch norm."""
+        if self.device.type == "cuda":
+            module = processes.synchronise_batchnorm(module)
+        return module.to(self.device, memory_format=torch.channels_last)
 
     def fetch(self, batch):
+        """Return what a loader yields, on the device; see device.fetch."""
         return device.fetch(batch, self.device)
 
     def compiled(self, network):
@@ -56,61 +54,66 @@ class Run:
         return device.compiled(network, self.cfg.compile, self.device)
 
     def parallel(self, network):
-        """Return the trained network for forward passes in the steps.
-
-        Its gradients are averaged over all processes. Other passes, and checkpoints, take the
-        network itself.
-        """
+        """Return the trained network for the steps; its gradients are averaged over processes."""
         if world() > 1:
             self.gradient_means.append(processes.GradientMean(network))
         return self.compiled(network)
 
-    # ---------------------------------------------------------------- folder and checkpoints
-
     def is_finished(self, force, inputs=()):
-        """Lock the run's folder; return whether the stage's result is there.
+        """Lock the run's folder; return whether the stage's result is there. Raises UserError.
 
-        inputs: files of earlier stages that this one reads, where they exist. force: remove the
-        result and the unfinished checkpoint first. Raises UserError where either was made with
-        another configuration or other inputs, or where the folder is locked.
+        inputs: files of earlier stages that this one reads. force: remove its checkpoints first.
         """
         return processes.decided_by_first(lambda: self._is_finished(force, inputs))
 
     def _is_finished(self, force, inputs):
-        folder.lock(self.folder, self.stage)
+        files.lock(self.folder, self.stage)
         for left in self.folder.glob(f".{self.stage}.*.partial"):  # of a process that was killed
             left.unlink(missing_ok=True)
-        inputs = [Path(path) for path in inputs]
-        self.inputs = {path.name: checkpoints.digest(path) for path in inputs if path.is_file()}
+        for path in filter(Path.is_file, map(Path, inputs)):
+            self.inputs[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
         for path in (self.result, self.unfinished):
             if force:
                 path.unlink(missing_ok=True)
             elif path.exists():
-                checkpoints.require_same(path, self.cfg, self.section, self.inputs)
+                files.require_same(path, self.cfg, self.section, self.inputs)
         if self.result.exists():
             print(f"{self.stage}: {self.result} is finished; --force makes it anew")
         return self.result.exists()
 
     def describe(self):
-        folder.describe(self.folder, self.cfg, self.device)
+        """Write config.yaml, as resolved, and environment.json into the folder, in rank 0."""
+        if rank() == 0:
+            text = yaml.safe_dump(plain(self.cfg), sort_keys=False)
+            files.write_text(self.folder / "config.yaml", text)
+            text = json.dumps(device.environment(self.device), indent=1) + "\n"
+            files.write_text(self.folder / "environment.json", text)
 
     def resume(self, state):
-        """Load the unfinished checkpoint into `state`; return its number of steps.
+        """Load the unfinished checkpoint into `state`; return its steps, or None without one.
 
-        state: name -> module, optimizer or scaler. Returns None without a checkpoint. Raises
-        UserError for a checkpoint that does not fit.
+        state: name -> module, optimizer or scaler. Raises UserError where it does not fit.
         """
         if not self.unfinished.exists():
             return None
-        names = ("overall", "seconds", "step")
-        self.figures.overall, seconds, step = checkpoints.restore(self.unfinished, state, names)
-        self.figures.began -= seconds
-        return step
+        saved = files.load_tensors(self.unfinished)
+        try:
+            for name, part in state.items():
+                part.load_state_dict(saved[name])
+            self.figures.overall = saved["overall"]
+            self.figures.began -= saved["seconds"]
+            return saved["step"]
+        except (KeyError, ValueError, RuntimeError) as error:  # what load_state_dict raises
+            fault = f"does not fit this version of the code, or this device ({one_line(error)})"
+            raise UserError(f"{self.unfinished}: {fault}; remove it to begin anew") from error
 
     def save(self, path, step, state, **more):
-        """Write a checkpoint of `state` after `step` steps."""
-        what = {"stage": self.stage, "step": step, "config": plain(self.cfg), "inputs": self.inputs}
-        checkpoints.save(path, state, **what, **more)
+        """Write a checkpoint of `state` after `step` steps, and `more`, in rank 0."""
+        if rank() == 0:
+            saved = {name: part.state_dict() for name, part in state.items()}
+            saved |= {"stage": self.stage, "step": step, "config": plain(self.cfg)}
+            saved |= {"inputs": self.inputs, **more}
+            files.write_atomically(path, lambda temporary: torch.save(saved, temporary))
 
     def save_unfinished(self, step, state):
         """Write the checkpoint that the stage resumes from."""
@@ -125,18 +128,16 @@ class Run:
             self.unfinished.unlink(missing_ok=True)
         self.figures.finish(steps, self.result)
 
-    # ---------------------------------------------------------------- the loop
-
     def steps(self, batches, first, total, state):
         """Yield (step, parts) for each step from `first` to `total`.
 
-        Iterating over parts yields this process's parts of the step's batch, on the device; the
-        gradients are averaged once it ends. torch's generators are seeded for each part. Figures
-        are logged, and `state` is saved, at the configured intervals and when a signal arrives.
+        Iterating over parts yields this process's parts of the step's batch, on the device; before
+        each, torch is seeded, and after the last, gradients are averaged. Figures are logged, and
+        `state` is saved, at the configured intervals and when a signal arrives.
         """
-        images, batches = batches.batch_size * self.parts, iter(batches)
-        save = functools.partial(self.save_unfinished, state=state)
-        for step in steps(self.cfg, self.figures, first, total, images, save):
+        images = batches.batch_size * world() * self.cfg.accumulate
+        batches, save = iter(batches), functools.partial(self.save_unfinished, state=state)
+        for step in self.figures.steps(self.cfg, first, total, images, save):
             shows = (step + 1) % self.cfg.pictures_every == 0 or step + 1 == total
             self.shows = step + 1 if shows and rank() == 0 else None
             self._seed(step, 0)
@@ -158,9 +159,9 @@ class Run:
         torch.manual_seed(int(sequence.generate_state(place + 1)[place]))
 
     def log(self, **figures):
-        """Log scalars, or ratios as pairs (numerator, denominator); see Log.add."""
+        """Log scalars, or ratios as pairs (numerator, denominator)."""
         self.figures.add(**figures)
 
     def show(self, colours, **pictures):
-        """Show sample pictures; call it where `shows` is set. See Log.show."""
+        """Show sample pictures; call it where `shows` is set. See Loop.show."""
         self.figures.show(self.shows, colours, pictures)

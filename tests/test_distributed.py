@@ -21,7 +21,6 @@ from torch import nn
 import models
 from datasets import Images, Whole
 from engine import processes
-from engine.batchnorm import synchronise_batchnorm
 from engine.command import command
 from engine.run import Run
 from metrics import ConfusionMatrix, predictions
@@ -285,7 +284,7 @@ def normalised(folder, compiled):
     images, above = 3 * torch.randn(4, 3, 17, 19) + 5, torch.randn(4, 4, 15, 17)
     share = slice(processes.rank(), None, processes.world())  # some of the images
     x = images[share].to(memory_format=torch.channels_last).requires_grad_()
-    forward = synchronise_batchnorm(network)
+    forward = processes.synchronise_batchnorm(network)
     mean = processes.GradientMean(network) if processes.world() > 1 else None
     if compiled:
         forward = torch.compile(network, fullgraph=True, backend="aot_eager")

@@ -24,8 +24,8 @@ import warmup
 from datasets import Crops, Images, Whole, translated_images
 from engine.command import arguments, command
 from engine.config import UserError, plain
+from engine.device import environment, memory_gb
 from engine.files import write_text
-from engine.folder import environment, memory_gb
 from engine.run import Run
 from losses import Centroids, upsample
 from metrics import at_scales, predictions

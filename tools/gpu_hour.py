@@ -28,9 +28,8 @@ from torch import nn
 from engine import signals
 from engine.command import command
 from engine.config import UserError
-from engine.device import MEASURED
+from engine.device import MEASURED, environment
 from engine.files import write_text
-from engine.folder import environment
 from engine.run import Run
 from losses import probability_labels
 from metrics import sliding_window

@@ -19,9 +19,9 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from engine.checkpoints import FREE_KEYS
 from engine.command import command
 from engine.config import UserError
+from engine.files import FREE_KEYS
 from engine.images import read_image, resize
 from evaluate import STAGES, gallery, what_to_segment
 from settings import classes, load_config, load_saved
