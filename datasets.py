@@ -14,7 +14,7 @@ from augment import DRAWS
 from engine import signals
 from engine.config import Config, UserError
 from engine.images import read_image, read_label, resize, threads
-from engine.processes import rank, world
+from engine.processes import loader_workers, rank, world
 from settings import classes, label_values
 
 IGNORED, NO_CLASS = 255, 254
@@ -328,7 +328,7 @@ class Whole(Dataset):
 
 
 def loader(run, dataset, first=0, batch_size=None):
-    """Return a DataLoader over the samples from `first` on, in order, with cfg.workers workers.
+    """Return a DataLoader over the samples from `first` on, in order, loaded by cfg.workers.
 
     Of N processes, each takes every N-th batch: no sample is left out or repeated.
     """
@@ -338,7 +338,7 @@ def loader(run, dataset, first=0, batch_size=None):
         dataset,
         batch_size,
         sampler=samples[mine].tolist(),
-        num_workers=run.cfg.workers,
+        num_workers=loader_workers(run.cfg.workers),
         pin_memory=run.device.type == "cuda",
         worker_init_fn=_set_up_worker,
     )
