@@ -7,34 +7,38 @@ Both sides of a ratio take turns in one process. Prints the medians and writes t
 """
 
 import functools
-import itertools
 import json
 import multiprocessing
 import statistics
 import tempfile
 import time
+from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 import selftrain
 import translate_cyclegan
 import warmup
-from datasets import Crops, Images, Whole, translated_images
+from datasets import Aligned, Crops, Images, Whole, translated_images
 from engine.command import arguments, command
 from engine.config import UserError, plain
 from engine.files import write_text
 from engine.folder import environment, memory_gb
-from engine.images import write_image
+from engine.images import keep_freed_memory, read_label, write_image
 from engine.run import Run
 from losses import Centroids, upsample
 from metrics import at_scales, predictions
 from models import build_segmenter, ema_update, load_segmenter, make_teacher
 from settings import checked, classes, load_config
+from tools.pack import pack
 from translate_cyclegan import Generator
+
+GPU_STEP = {"warmup": 0.094, "selftrain": 0.140}  # seconds of a step of config.yaml on a GPU
 
 
 class Timed(Run):
@@ -89,23 +93,50 @@ def main():
 
 
 def make_files(cfg, folder, count=4):
-    """Write `count` random images and labels of each domain; return overrides that use them."""
+    """Write `count` images and labels of each domain; return overrides that use them.
+
+    Source images are PNGs with filters at level 6, labels paletted, as in GTA5.
+    """
     rng, full = np.random.default_rng(0), cfg.target.sizes[-1]
     sizes = {"source": cfg.source.sizes[-1], "target": full, "val": cfg.val.size or full}
     for domain, size in sizes.items():
+        for kind in ("images", "labels"):
+            (Path(folder) / domain / kind).mkdir(parents=True)
         for i in range(count):
-            coarse = rng.integers(0, len(classes(cfg)), (12, 20)).astype(np.uint8)
-            label = cv2.resize(coarse, size[::-1], interpolation=cv2.INTER_NEAREST)
-            shades = cv2.resize(rng.integers(0, 256, (60, 100, 3)).astype(np.uint8), size[::-1])
-            noise = rng.integers(0, 12, (*size, 3)).astype(np.uint8)
-            write_image(f"{folder}/{domain}/images/{i}.png", cv2.add(shades, noise))
-            write_image(f"{folder}/{domain}/labels/{i}.png", label)
-    overrides = [f"output={folder}", f"translation.images={folder}/source/images"]
+            image, label = scene(rng, size, len(classes(cfg)))
+            Image.fromarray(image).save(f"{folder}/{domain}/images/{i}.png")
+            paletted = Image.frombytes("P", size[::-1], label.tobytes())
+            paletted.putpalette([*range(256)] * 3)
+            paletted.save(f"{folder}/{domain}/labels/{i}.png")
+            write_image(f"{folder}/{domain}/translated/{i}.jpg", image)
+            write_image(f"{folder}/{domain}/pseudo/{i}.png", label)
+    overrides = [f"output={folder}", f"translation.images={folder}/source/translated"]
     for domain in sizes:
         keys = (f"root={folder}/{domain}", "layout=folder", "split=null", "ids=index", "list=null")
         overrides += [f"{domain}.{key}" for key in keys]
     run = "name=bench bn_images=1 val_every=0 workers=0 model.weights=null"
     return [*overrides, *run.split(), "selftrain.diagnose=false", "selftrain.rounds=1"]
+
+
+def scene(rng, size, count):
+    """Return an image of discs that hide each other and its label of `count` classes, uint8.
+
+    Disc sizes follow r^-3. Spectrum and edges are then those of photographs ("dead leaves"), and
+    so is the time to decode the image, unlike that of noise.
+    """
+    label, image = np.zeros(size, np.uint8), np.full((*size, 3), 128, np.uint8)
+    discs = size[0] * size[1] // 100
+    radius = 1.5 / np.sqrt(np.maximum(rng.random(discs), (6 / size[0]) ** 2))
+    kind, centre = rng.integers(0, count, discs), rng.integers(0, size[::-1], (discs, 2))
+    colour = rng.integers(40, 216, (count, 1))[kind] + rng.normal(0, 25, (discs, 1))
+    colour = np.clip(colour + rng.normal(0, 8, (discs, 3)), 0, 255)
+    discs = zip(centre.tolist(), radius.tolist(), colour.tolist(), kind.tolist(), strict=True)
+    for at, r, shade, k in discs:
+        cv2.circle(image, at, max(round(r), 1), shade, cv2.FILLED)
+        if r > size[0] / 60:
+            cv2.circle(label, at, round(r), k, cv2.FILLED)
+    image = cv2.GaussianBlur(image, (0, 0), 0.8) + rng.normal(0, 0.8, image.shape)
+    return np.clip(image, 0, 255).astype(np.uint8), label
 
 
 def warmed_up(cfg):
@@ -197,21 +228,51 @@ def measure_selftrain(cfg, steps):
 
 
 def measure_loader(cfg, steps):
-    """Time a training sample against decoding its files."""
-    source = Images(cfg, "source", labelled=True)
+    """Time a sample of the warm-up and one of self-training against decoding their files.
+
+    In core-seconds. cores: how many load the batches of a GPU whose step takes GPU_STEP.
+    """
+    source, target = Images(cfg, "source", labelled=True), Images(cfg, "target", labelled=False)
+    pseudo = Aligned(f"{cfg.output}/target/pseudo", target.names, read_label, "")
+    translated = translated_images(cfg, source)
     batch = [0] * (len(cfg.source.sizes) - 1) + [1]
-    beside = {"translated": translated_images(cfg, source)}
-    crops = Crops(cfg, "bench", "source", source, batch, 10**6, **beside)
-    ours, bare = itertools.count(), itertools.count()
+    of_source = Crops(cfg, "bench", "source", source, batch, 10**6, translated=translated)
+    of_target = Crops(cfg, "bench", "target", target, batch, 10**6, pseudo=pseudo)
 
-    def decode():
-        i = crops._index(next(bare))
-        image, label = str(source.folder / source.names[i]), str(source.label_paths[i])
-        cv2.imread(image)
-        cv2.imread(label, cv2.IMREAD_UNCHANGED)
-        cv2.imread(image)  # in the place of the translated image
+    def decode(crops, n):
+        i = crops._index(n)
+        cv2.imread(str(crops.images.folder / crops.images.names[i]))
+        if crops is of_target:
+            cv2.imread(str(pseudo.paths[i]), cv2.IMREAD_UNCHANGED)
+        else:
+            cv2.imread(str(translated.paths[i]))
+            np.array(Image.open(source.label_paths[i]))
 
-    return alternate(torch.device("cpu"), 5 * steps, lambda: crops[next(ours)], decode)
+    keep_freed_memory()  # as in a DataLoader worker
+    calls = [crops.__getitem__ for crops in (of_source, of_target)]
+    calls += [functools.partial(decode, crops) for crops in (of_source, of_target)]
+    seconds = [[] for _ in calls]
+    for n in range(5 * steps + 2):
+        for call, kept in zip(calls, seconds, strict=True):
+            started = time.process_time()
+            call(n)
+            kept.append(time.process_time() - started)
+    ours, ours_target, bare, bare_target = (statistics.median(kept[2:]) for kept in seconds)
+    both, bare_both = ours + ours_target, bare + bare_target
+    figures = {"seconds": ours, "bare": bare, "ratio": ours / bare}
+    figures["cores"] = ours * sum(cfg.warmup.batch) / GPU_STEP["warmup"]
+    figures |= {"selftrain": both, "selftrain_bare": bare_both, "selftrain_ratio": both / bare_both}
+    figures["selftrain_cores"] = both * sum(cfg.selftrain.batch) / GPU_STEP["selftrain"]
+    return figures
+
+
+def measure_packed(cfg, steps):
+    """Time the same samples from the files that tools.pack writes."""
+    roots = {domain: Path(cfg.output) / "packed" / domain for domain in ("source", "target")}
+    for domain, root in roots.items():
+        pack(Images(cfg, domain, labelled=domain == "source"), cfg[domain], root)
+    overrides = [f"{domain}.root={root}" for domain, root in roots.items()]
+    return measure_loader(checked(cfg, overrides, "bench"), steps)
 
 
 def measure_evaluate(cfg, steps):
