@@ -21,10 +21,8 @@ from engine.files import write_atomically
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PALETTE = b"\x03"  # the colour type in a PNG's header
-JPEG = [cv2.IMWRITE_JPEG_QUALITY, 95]
-JPEG += [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]  # colours whole
-# IMWRITE_PNG_FILTER, IMWRITE_PNG_FILTER_NONE: label maps decode in a third of the time and are
-# smaller. OpenCV has the names since 4.12; 4.11 ignores the numbers.
+JPEG = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, 0x111111]  # 4:4:4
+# IMWRITE_PNG_FILTER, ..._NONE, unknown to OpenCV 4.11: labels decode in a third of the time
 UNFILTERED = [19, 8]
 # The only threads beside the main one that use OpenCV. They are never ended: an ending thread holds
 # a lock of OpenCV, for which a DataLoader worker that is forked in that moment waits for ever.
@@ -103,16 +101,12 @@ def _decode_indices(path, data):
 
 
 def write_image(path, image):
-    """Write RGB (H, W, 3) or gray (H, W) atomically, in the format of the extension.
-
-    image: uint8, or uint16 for PNG. JPEG has quality 95 without chroma subsampling.
-    """
-    suffix = Path(path).suffix
-    options = JPEG if suffix == ".jpg" else UNFILTERED if image.ndim == 2 else []
+    """Write uint8 RGB (H, W, 3) or uint8, uint16 gray (H, W) atomically, by the file extension."""
+    options = JPEG if Path(path).suffix == ".jpg" else UNFILTERED if image.ndim == 2 else []
 
     def write(temporary):
         pixels = image[..., ::-1] if image.ndim == 3 else image
-        done, data = cv2.imencode(suffix, pixels, options)
+        done, data = cv2.imencode(Path(path).suffix, pixels, options)
         if not done:
             raise OSError("OpenCV failed")
         temporary.write_bytes(data.tobytes())

@@ -49,10 +49,9 @@ def world():
 
 
 def loader_workers(asked):
-    """Return the number of DataLoader workers of this process; of "auto", its share of the cores.
+    """Return the number of DataLoader workers of this process; "auto" is its share of the cores.
 
-    At most 8: a GPU's steps use up what 3 cores load (docs/performance.md), and each worker takes
-    some hundred MB.
+    It is at most 8: a GPU's steps use up what 3 cores load (docs/performance.md).
     """
     if asked != "auto":
         return asked
