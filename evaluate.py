@@ -33,16 +33,29 @@ STAGES = ("source_only", "warmup", "selftrain_round1", "selftrain", "oracle")  #
 
 
 def main():
-    args = parse()
+    parser = arguments(__doc__, cfg=None)
+    add = parser.add_argument
+    which = "a checkpoint, or its name in runs/NAME; may be repeated (default: all in runs/NAME)"
+    add("--weights", action="append", metavar="FILE", help=which)
+    add("--images", metavar="PATH", help="segment this folder of images, or this video, instead")
+    add("--out", metavar="DIR", help="where the pictures go (default: the run's folder)")
+    add("--ids", action="store_true", help="write label values too, for the Cityscapes server")
+    add("--export", metavar="FILE", help="write the network as ONNX instead, with its class names")
+    args = parser.parse_intermixed_args()
     cfg = configuration(args)
     run = Run(cfg, "evaluate", "evaluation")
-    paths = [find(path, cfg) for path in args.weights or finished(run.folder)]
+    stages = {path.stem for path in run.folder.glob("*.pth")} - {"translator"}
+    stages = sorted(stage for stage in stages if not stage.endswith(".unfinished"))
+    stages.sort(key=[*STAGES, *stages].index)
+    if not (args.weights or stages):
+        remedy = "run warmup.py first, or give --weights"
+        raise UserError(f"{run.folder}: holds no trained network; {remedy}")
+    paths = [find(path, cfg) for path in args.weights or [f"{stage}.pth" for stage in stages]]
     if world() > 1 and (args.export or Path(args.images or "").is_file()):
         raise UserError("--export and videos are for one process; leave torchrun out")
     if args.export:
         if len(paths) > 1:
-            remedy = "choose one with --weights"
-            raise UserError(f"--export {args.export}: holds one network; {remedy}")
+            raise UserError(f"--export {args.export}: holds one network; choose one with --weights")
         export(load_segmenter(paths[0], cfg)[0], cfg, args.export)
         return
     datasets = what_to_segment(cfg, args.images)
@@ -52,20 +65,6 @@ def main():
     barrier()  # for the pictures of all processes
     if rank() == 0:
         summarise(run, [path.stem for path in paths], datasets, out)
-
-
-def parse():
-    parser = arguments(__doc__, cfg=None)
-    add = parser.add_argument
-    which = "a checkpoint, or its name in runs/NAME; may be repeated (default: all in runs/NAME)"
-    add("--weights", action="append", metavar="FILE", help=which)
-    add("--images", metavar="PATH", help="segment this folder of images, or this video, instead")
-    add("--out", metavar="DIR", help="where the pictures go (default: the run's folder)")
-    ids = "write label values as PNGs too, for the Cityscapes server"
-    add("--ids", action="store_true", help=ids)
-    onnx = "write the network as ONNX instead, with its class names"
-    add("--export", metavar="FILE", help=onnx)
-    return parser.parse_intermixed_args()
 
 
 def configuration(args):
@@ -78,33 +77,13 @@ def configuration(args):
     return load_saved(saved["config"] | place, args.overrides, args.weights[0])
 
 
-def finished(folder):
-    """Return the names of all networks in a run's folder, in the table's order.
-
-    Raises UserError where there are none.
-    """
-    stages = {path.stem for path in folder.glob("*.pth")} - {"translator"}
-    stages = sorted(stage for stage in stages if not stage.endswith(".unfinished"))
-    stages.sort(key=[*STAGES, *stages].index)
-    if not stages:
-        remedy = "run warmup.py first, or give --weights"
-        raise UserError(f"{folder}: holds no trained network; {remedy}")
-    return [f"{stage}.pth" for stage in stages]
-
-
 def what_to_segment(cfg, path=None):
-    """Return name -> datasets.Whole: the images in `path`, or val and more_val.
-
-    Without val.root, the target's images take the place of val.
-    """
+    """Return name -> datasets.Whole: the images in `path`, or val (else target) and more_val."""
     if path:
         images = Video(path) if Path(path).is_file() else Folder(path)
         return {"images": Whole(images, cfg.val.size)}
-    if cfg.val.root:
-        datasets = {"val": Whole(Images(cfg, "val", labelled=True), cfg.val.size)}
-    else:
-        images = Images(cfg, "target", labelled=False)
-        datasets = {"target": Whole(images, cfg.target.sizes[-1])}
+    first, size = ("val", cfg.val.size) if cfg.val.root else ("target", cfg.target.sizes[-1])
+    datasets = {first: Whole(Images(cfg, first, labelled=first == "val"), size)}
     for key, spec in cfg.more_val.items():
         datasets[key] = Whole(Images(cfg, f"more_val.{key}", labelled=True), spec.size)
     return datasets
@@ -115,10 +94,16 @@ def evaluate(run, path, datasets, out, args):
     cfg, first = run.cfg, next(iter(datasets))
     student, saved = load_segmenter(path, cfg)
     teacher, _ = load_segmenter(path, cfg, "teacher")
+    how = cfg.evaluation.scales, cfg.evaluation.tile
     for key, whole in datasets.items():
         stage = path.stem if key == first else f"{path.stem}_on_{key}"
         if isinstance(whole.images, Video):
-            film(run, student, whole, out / f"{whole.images.path.stem}_{stage}.mp4")
+            video = whole.images
+            file = out / f"{video.path.stem}_{stage}.mp4"
+            with video_writer(file, video.rate, video.size) as append:
+                for sample, prediction, _ in predictions(run, run.place(student), whole, *how):
+                    append(overlay(sample, prediction.byte().cpu().numpy(), classes(cfg)))
+            print(f"{file}: {len(video)} frames, {video.rate:g} a second")
             continue
         count = len(whole) if args.images or args.ids else cfg.evaluation.pictures
         pictured = np.unique(np.linspace(0, len(whole) - 1, count, dtype=int))
@@ -129,32 +114,31 @@ def evaluate(run, path, datasets, out, args):
             continue
         if teacher is not None:
             scores["teacher_miou"] = segment(run, teacher, whole, key)["miou"]
-        scores |= {
-            "dataset": key,
-            "split": cfg.val.split if key == "val" else cfg.more_val[key].split,
-            "scales": cfg.evaluation.scales,
-            "weights": "best_on_val" if path.stem.endswith("_best_on_val") else "last",
-            "step": saved.get("step"),
-        }
+        scores["dataset"] = key
+        scores["split"] = (cfg.val if key == "val" else cfg.more_val[key]).split
+        scores["scales"] = cfg.evaluation.scales
+        scores["weights"] = "best_on_val" if path.stem.endswith("_best_on_val") else "last"
+        scores["step"] = saved.get("step")
         if rank() == 0:
-            record(run.folder / "results.json", stage, scores)
+            file = run.folder / "results.json"
+            results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+            text = json.dumps(scores)
+            results[stage] = json.loads(text, parse_float=lambda digits: round(float(digits), 3))
+            order = sorted(results, key=[*STAGES, *results].index)
+            write_text(file, json.dumps({name: results[name] for name in order}, indent=1) + "\n")
 
 
 def segment(run, model, whole, key, out=None, stage=None, pictured=(), ids=False):
-    """Return the scores of a model on labelled images, {} on others.
-
-    Pictures of the images whose numbers are in `pictured` go to out/KIND/stage. ids: write label
-    values too.
-    """
+    """Return a model's scores on labelled images, else {}; write those numbered `pictured`."""
     cfg, names, scored = run.cfg, classes(run.cfg), whole.images.labelled
     matrix = ConfusionMatrix(len(names), run.device)
-    scales, tile = cfg.evaluation.scales, cfg.evaluation.tile
+    how = cfg.evaluation.scales, cfg.evaluation.tile
     with image_writer() as write:
-        for sample, prediction, _ in predictions(run, run.place(model), whole, scales, tile):
+        for sample, prediction, _ in predictions(run, run.place(model), whole, *how):
             if scored:
                 matrix.update(run.fetch(sample["label"]), prediction)
             if sample["index"] in pictured:
-                prediction = prediction.cpu().numpy().astype(np.uint8)
+                prediction = prediction.byte().cpu().numpy()
                 picture = Path(whole.images.names[sample["index"]]).with_suffix(".png")
                 write(out / "predictions" / stage / picture, paint(prediction, names))
                 write(out / "overlays" / stage / picture, overlay(sample, prediction, names))
@@ -166,9 +150,9 @@ def segment(run, model, whole, key, out=None, stage=None, pictured=(), ids=False
 
 def values_of(prediction, cfg):
     """Return a prediction (H, W) uint8 as label values of cfg.val, uint8 or uint16."""
-    values = label_values(cfg.val.ids, classes(cfg)).items()
-    smallest = {k: value for value, k in sorted(values, reverse=True)}
-    lookup = np.array([smallest.get(k, 0) for k in range(256)], np.uint16)
+    lookup = np.zeros(256, np.uint16)
+    for value, k in sorted(label_values(cfg.val.ids, classes(cfg)).items(), reverse=True):
+        lookup[k] = value  # at last a class's smallest value
     values = lookup[prediction]
     return values.astype(np.uint8) if values.max() < 256 else values
 
@@ -177,17 +161,6 @@ def overlay(sample, prediction, colours):
     """Return a sample's image, at its file's size, under the prediction (H, W) uint8."""
     image = resize(sample["image"].numpy(), sample["shape"])
     return cv2.addWeighted(image, 0.5, paint(prediction, colours), 0.5, 0)
-
-
-def film(run, model, whole, path):
-    """Write the overlays of a video's frames as a video."""
-    cfg, video = run.cfg, whole.images
-    scales, tile = cfg.evaluation.scales, cfg.evaluation.tile
-    with video_writer(path, video.rate, video.size) as append:
-        for sample, prediction, _ in predictions(run, run.place(model), whole, scales, tile):
-            prediction = prediction.cpu().numpy().astype(np.uint8)
-            append(overlay(sample, prediction, classes(cfg)))
-    print(f"{path}: {len(video)} frames, {video.rate:g} a second")
 
 
 def export(model, cfg, path):
@@ -199,19 +172,14 @@ def export(model, cfg, path):
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
-        message = f"--export {path} needs `pip install onnx onnxscript onnxruntime`"
-        raise UserError(message) from error
+        raise UserError("--export needs `pip install onnx onnxscript onnxruntime`") from error
 
-    class Network(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.segmenter = model
-
+    class Network(torch.nn.ModuleDict):
         def forward(self, image):
-            return upsample(self.segmenter(image)[0], image.shape[-2:])
+            return upsample(self["segmenter"](image)[0], image.shape[-2:])
 
     size, names = cfg.val.size or cfg.crop, classes(cfg)
-    network, image = Network().eval(), torch.zeros(1, 3, *size)
+    network, image = Network({"segmenter": model}).eval(), torch.zeros(1, 3, *size)
     sides = [dict.fromkeys((2, 3), torch.export.Dim.DYNAMIC)]
     ends = {"input_names": ["image"], "output_names": ["logits"], "dynamic_shapes": sides}
     program = torch.onnx.export(network, (image,), dynamo=True, verbose=False, **ends)
@@ -235,35 +203,7 @@ def export(model, cfg, path):
             reason = "this network has a layer that cannot be written for images of any size"
             raise UserError(f"--export {path}: {fault}; {reason}")
     write_atomically(path, lambda temporary: temporary.write_bytes(written))
-    shapes = (
-        f"image (1, 3, height, width), RGB in [0, 1] -> logits (1, {len(names)}, height, width)"
-    )
-    print(f"{path}: {shapes}")
-
-
-# ---------------------------------------------------------------- results
-
-
-def record(path, stage, entry):
-    """Put a stage's scores into results.json, rounded, beside those of other stages."""
-    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    rounded = json.dumps(entry)
-    results[stage] = json.loads(rounded, parse_float=lambda text: round(float(text), 3))
-    order = [*STAGES, *results]
-    results = dict(sorted(results.items(), key=lambda item: order.index(item[0])))
-    write_text(path, json.dumps(results, indent=1) + "\n")
-
-
-def summarise(run, stages, datasets, out):
-    """Print the table of results and write comparison.png."""
-    first, cfg = next(iter(datasets)), run.cfg
-    if any(whole.images.labelled for whole in datasets.values()):
-        results = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
-        print(table(results, list(classes(cfg))))
-        if first == "val":
-            stages = [stage for stage, entry in results.items() if entry["dataset"] == "val"]
-    if not isinstance(datasets[first].images, Video):
-        compare(out, datasets[first], stages, cfg)
+    print(f"{path}: image (1, 3, H, W), RGB in [0, 1] -> logits (1, {len(names)}, H, W)")
 
 
 def table(results, names):
@@ -271,8 +211,8 @@ def table(results, names):
     means = sorted({key for entry in results.values() for key in entry if key.startswith("miou_")})
     rows = [["", "mIoU", *means, "accuracy", "teacher", *names]]
     for stage, entry in results.items():
-        figures = [entry.get(key) for key in ("miou", *means, "pixel_accuracy", "teacher_miou")]
-        figures += [entry["iou"].get(name) for name in names]
+        keys = ("miou", *means, "pixel_accuracy", "teacher_miou")
+        figures = [*map(entry.get, keys), *map(entry["iou"].get, names)]
         rows.append([stage, *("-" if x is None else f"{x:.1f}" for x in figures)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
@@ -280,35 +220,42 @@ def table(results, names):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def gallery(out, whole, stages, cfg, rows=4):
-    """Yield [(title, picture), ...] for a few images: image, each stage's prediction, label."""
-    folders = [out / "predictions" / stage for stage in stages]
-    names = [Path(name).with_suffix(".png") for name in whole.images.names]
-    shown = [i for i, name in enumerate(names) if all((f / name).exists() for f in folders)]
-    few = np.linspace(0, len(shown) - 1, min(rows, len(shown)), dtype=int)
-    for i in (shown[j] for j in few):
-        made = [(stage, read_image(f / names[i])) for stage, f in zip(stages, folders, strict=True)]
-        labelled = whole.images.labelled
-        truth = [("label", paint(whole.images.label(i), classes(cfg)))] if labelled else []
-        yield [("image", whole.images.image(i)), *made, *truth]
-
-
-def compare(out, whole, stages, cfg):
-    """Write comparison.png, the gallery as one picture."""
-    titles, lines, width = [], [], None
-    border = ((0, 4), (0, 4), (0, 0))
-    for row in gallery(out, whole, stages, cfg):
-        titles, pictures = zip(*row, strict=True)
-        width = width or round(pictures[0].shape[1] * 144 / pictures[0].shape[0])
-        pictures = [np.pad(resize(x, (144, width)), border, constant_values=255) for x in pictures]
-        lines.append(np.hstack(pictures))
-    if not lines:
+def summarise(run, stages, datasets, out):
+    """Print the table of results and write comparison.png, the gallery as one picture."""
+    key, cfg = next(iter(datasets)), run.cfg
+    if any(whole.images.labelled for whole in datasets.values()):
+        results = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
+        print(table(results, list(classes(cfg))))
+        if key == "val":
+            stages = [stage for stage, entry in results.items() if entry["dataset"] == "val"]
+    if isinstance(datasets[key].images, Video):
         return
-    head = np.full((18, lines[0].shape[1], 3), 255, np.uint8)
-    for k, title in enumerate(titles):
+    rows = list(gallery(out, datasets[key], stages, cfg))
+    if not rows:
+        return
+    height, width, _ = rows[0][0][1].shape
+    height, width, border = 144, round(width * 144 / height), ((0, 4), (0, 4), (0, 0))
+    head, lines = np.full((18, len(rows[0]) * (width + 4), 3), 255, np.uint8), []
+    for k, (title, _) in enumerate(rows[0]):
         at = (k * (width + 4) + 2, 13)
         cv2.putText(head, title, at, cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
+    for row in rows:
+        pictures = (resize(picture, (height, width)) for _, picture in row)
+        lines.append(np.hstack([np.pad(x, border, constant_values=255) for x in pictures]))
     write_image(out / "comparison.png", np.vstack([head, *lines]))
+
+
+def gallery(out, whole, stages, cfg, rows=4):
+    """Yield [(title, picture), ...] for a few images: image, each stage's prediction, label."""
+    folder, names = out / "predictions", [Path(n).with_suffix(".png") for n in whole.images.names]
+    shown = [i for i, name in enumerate(names) if all((folder / s / name).exists() for s in stages)]
+    few = np.linspace(0, len(shown) - 1, min(rows, len(shown)), dtype=int)
+    for i in (shown[j] for j in few):
+        row = [("image", whole.images.image(i))]
+        row += [(stage, read_image(folder / stage / names[i])) for stage in stages]
+        if whole.images.labelled:
+            row.append(("label", paint(whole.images.label(i), classes(cfg))))
+        yield row
 
 
 if __name__ == "__main__":

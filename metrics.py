@@ -30,15 +30,13 @@ class ConfusionMatrix:
         """Count integers of one shape; pixels with a label of K or more (255) are left out."""
         k = len(self.counts)
         pairs = torch.where(labels < k, labels * k + predictions, k * k)
-        counts = torch.bincount(pairs.flatten(), minlength=k * k + 1)
-        self.counts += counts[:-1].view(k, k)
+        self.counts += torch.bincount(pairs.flatten(), minlength=k * k + 1)[:-1].view(k, k)
 
     def scores(self, names, subsets=None, dataset="val"):
-        """Return percentages over the images of all processes.
+        """Return percentages over all processes: miou, pixel_accuracy, iou, miou_KEY of a subset.
 
-        miou, pixel_accuracy, iou (class name -> IoU), and miou_KEY of each subset KEY -> names. A
-        class in neither labels nor predictions has no IoU (None) and does not count in a mean.
-        Raises UserError, which names `dataset`, where no pixel was labelled.
+        iou: class name -> IoU, None for a class in neither labels nor predictions; it counts in no
+        mean. subsets: KEY -> names. Raises UserError, which names `dataset`, without any label.
         """
         counts = sum_over_processes(self.counts).double().cpu()
         if not counts.any():
@@ -60,39 +58,35 @@ class ConfusionMatrix:
 
 def at_scales(model, images, scales):
     """Return the model's outputs for images (B, 3, H, W) scaled by each factor, as a list."""
-    outputs = []
-    for scale in scales:
+
+    def scaled(scale):
         size = [max(round(side * scale), 1) for side in images.shape[-2:]]
-        scaled = images
-        if scale != 1:
-            scaled = F.interpolate(images, size, mode="bilinear", antialias=True)
-        outputs.append(model(scaled))
-    return outputs
+        return F.interpolate(images, size, mode="bilinear", antialias=True)
+
+    return [model(images if scale == 1 else scaled(scale)) for scale in scales]
 
 
 def sliding_window(model, images, window):
     """Return a tuple of the logits (1, K, H, W) of an image (1, 3, H, W), averaged over windows.
 
-    window: the largest (H, W), multiples of 32; its longer side goes along the image's. A larger
-    image is covered by equal windows, neighbours of which share a quarter; for one that fits, the
-    model's own output is returned.
+    window: the largest (H, W), multiples of 32; its longer side goes along the image's. Equal
+    windows cover the image, neighbours share a quarter. With one, return the model's own output.
     """
     size = images.shape[-2:]
     limits = sorted(window, reverse=size[0] > size[1])
     (h, tops), (w, lefts) = map(_windows, size, limits)
-    corners = [(top, left) for top in tops for left in lefts]
-    if len(corners) == 1:
+    windows = [(..., slice(y, y + h), slice(x, x + w)) for y in tops for x in lefts]
+    if len(windows) == 1:
         return model(images)
     total, count = None, images.new_zeros(size)
-    for first in range(0, len(corners), WINDOWS):
-        batch = corners[first : first + WINDOWS]
-        parts = [images[..., top : top + h, left : left + w] for top, left in batch]
-        logits = upsample(model(torch.cat(parts))[0], (h, w))
+    for first in range(0, len(windows), WINDOWS):
+        batch = windows[first : first + WINDOWS]
+        logits = upsample(model(torch.cat([images[window] for window in batch]))[0], (h, w))
         if total is None:
             total = images.new_zeros(1, logits.shape[1], *size)
-        for (top, left), part in zip(batch, logits, strict=True):
-            total[..., top : top + h, left : left + w] += part
-            count[top : top + h, left : left + w] += 1
+        for window, part in zip(batch, logits, strict=True):
+            total[window] += part
+            count[window] += 1
     return (total / count,)
 
 
@@ -107,8 +101,8 @@ def _windows(side, limit):
 def predictions(run, model, whole, scales, tile=None):
     """Yield (sample, prediction, outputs) for this process's share of a datasets.Whole.
 
-    prediction: (H, W) int64 at the file's size. outputs: one tuple per scale, as the model returns
-    it. Both are on the device. tile: the window for images that are larger; see sliding_window.
+    prediction: (H, W) int64 at the file's size. outputs: the model's, one tuple per scale. Both are
+    on the device. tile: the window of larger images; see sliding_window.
     """
     network = functools.partial(sliding_window, model, window=tile) if tile else model
     model.eval()
@@ -120,12 +114,11 @@ def predictions(run, model, whole, scales, tile=None):
 
 
 def validate(run, step, images, recalibration, student, teacher):
-    """Log both networks' mIoU on labelled images; keep the best student.
+    """Log both networks' mIoU on labelled images; keep the best student as {stage}_best_on_val.pth.
 
-    It is kept as {stage}_best_on_val.pth. Works on copies with recalibrated batch norm, so that
-    training goes on as if there had been no validation.
+    Works on copies with recalibrated batch norm: training goes on as if without validation.
     """
-    names, mious = list(classes(run.cfg)), {}
+    names, figures = list(classes(run.cfg)), {}
     whole = Whole(images, run.cfg.val.size)
     for name, model in (("student", student), ("teacher", teacher)):
         model = copy.deepcopy(model)
@@ -134,9 +127,9 @@ def validate(run, step, images, recalibration, student, teacher):
         matrix = ConfusionMatrix(len(names), run.device)
         for sample, prediction, _ in predictions(run, model, whole, [1.0]):
             matrix.update(run.fetch(sample["label"]), prediction)
-        miou = mious[name] = matrix.scores(names)["miou"]
+        miou = matrix.scores(names)["miou"]
+        figures[f"val_miou_{name}"] = round(miou, 4)
         best = run.folder / f"{run.stage}_best_on_val.pth"
         if name == "student" and not (best.exists() and load_tensors(best)["miou"] >= miou):
             run.save(best, step, {"student": model}, miou=miou)
-    figures = {f"val_miou_{name}": round(miou, 4) for name, miou in mious.items()}
     write_log(run.folder, run.stage, step=step, **figures)

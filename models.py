@@ -6,7 +6,6 @@ H / output stride.
 """
 
 import copy
-import urllib.error
 from collections import OrderedDict
 
 import torch
@@ -21,10 +20,9 @@ from settings import classes
 
 
 class Segmenter(nn.Module):
-    """A backbone, a head whose output is f, and a classifier of f; `channels` are those of f.
+    """A backbone, a head (output f, of `channels`), classifiers of f and of the backbone's output.
 
-    divisor: the backbone takes sides that are multiples of it; images are scaled to the nearest.
-    auxiliary: a second classifier, on the backbone's last output.
+    divisor: of the sides that the backbone takes; images are scaled to the nearest multiples.
     """
 
     def __init__(self, backbone, head, classifier, divisor=1, auxiliary=None):
@@ -33,9 +31,7 @@ class Segmenter(nn.Module):
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
         self.backbone, self.head = backbone, head
         self.classifier, self.auxiliary = classifier, auxiliary
-        self.divisor = divisor
-        convs = (m for m in classifier.modules() if isinstance(m, nn.Conv2d))
-        self.channels = next(convs).in_channels
+        self.divisor, self.channels = divisor, _layers(classifier, nn.Conv2d)[0].in_channels
 
     def forward(self, images):
         if self.divisor > 1:
@@ -51,27 +47,18 @@ class Segmenter(nn.Module):
 
 
 class Head(nn.Module):
-    """DeepLab-V2 head with squeeze-excite, as in ProDA: (B, backbone_channels, h, w) -> f.
-
-    Parallel dilated convolutions, squeeze-excite over their concatenation, a convolution to
-    `channels`, which are a multiple of 32 (group norm).
-    """
+    """DeepLab-V2 head with squeeze-excite, as in ProDA; f has a multiple of 32 channels."""
 
     def __init__(self, backbone_channels, channels, dilations=(6, 12, 18, 24), dropout=0.1):
         super().__init__()
         convs = [nn.Conv2d(backbone_channels, channels, 1)]
-        for d in dilations:
-            convs.append(nn.Conv2d(backbone_channels, channels, 3, padding=d, dilation=d))
+        convs += [nn.Conv2d(backbone_channels, channels, 3, 1, d, d) for d in dilations]
         branches = [nn.Sequential(conv, nn.GroupNorm(32, channels), nn.ReLU()) for conv in convs]
         self.branches = nn.ModuleList(branches)
         wide = len(convs) * channels
-        self.excite = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1),
-            nn.Conv2d(wide, wide // 16, 1),
-            nn.ReLU(),
-            nn.Conv2d(wide // 16, wide, 1),
-            nn.Sigmoid(),
-        )
+        squeeze, expand = nn.Conv2d(wide, wide // 16, 1), nn.Conv2d(wide // 16, wide, 1)
+        layers = nn.AdaptiveAvgPool2d(1), squeeze, nn.ReLU(), expand, nn.Sigmoid()
+        self.excite = nn.Sequential(*layers)
         project = nn.Conv2d(wide, channels, 3, padding=1)
         self.project = nn.Sequential(project, nn.GroupNorm(32, channels))
         self.dropout = nn.Dropout2d(dropout)
@@ -82,13 +69,12 @@ class Head(nn.Module):
 
 
 def build_segmenter(network, num_classes, output_stride=8, channels=256, weights=None, auxiliary=0):
-    """Return a Segmenter by its name.
+    """Return a Segmenter by its name. Raises UserError where its weights are missing or do not fit.
 
     network: "deeplab_v2_resnet101", a resnet or mobilenet_v2 of torchvision, or
     smp/ARCHITECTURE/ENCODER of segmentation-models-pytorch.
     weights of the backbone: "imagenet" (downloaded once), a file, or None (random).
     auxiliary: weight of the auxiliary classifier's loss; with 0 there is no such classifier.
-    Raises UserError where the weights cannot be loaded or do not fit.
     """
     if network.startswith("smp/"):
         backbone, head, classifier, divisor = _smp(network, num_classes, weights)
@@ -97,19 +83,12 @@ def build_segmenter(network, num_classes, output_stride=8, channels=256, weights
         backbone, deepest = _backbone(network, output_stride)
         head, divisor = Head(deepest, channels), 1
         classifier = nn.Conv2d(channels, num_classes, 1, bias=False)
-    second = None
     if auxiliary:
-        convs = nn.Conv2d(deepest, 256, 3, padding=1), nn.Conv2d(256, num_classes, 1)
-        second = nn.Sequential(convs[0], nn.ReLU(), convs[1])
-    model = Segmenter(backbone, head, classifier, divisor, second)
-    if weights == "imagenet" and not network.startswith("smp/"):
-        load_exactly(backbone, backbone_weights(_imagenet_weights(network)), weights)
-    elif weights not in (None, "imagenet"):
-        state = load_tensors(weights)
-        load_exactly(backbone, backbone_weights(state), weights)
-        if "Scale.conv1.weight" in state:
-            model.mean.copy_(torch.tensor(AUTHORS_BGR_MEAN[::-1])[:, None, None] / 255)
-            model.std.fill_(1 / 255)
+        first = nn.Conv2d(deepest, 256, 3, padding=1)
+        auxiliary = nn.Sequential(first, nn.ReLU(), nn.Conv2d(256, num_classes, 1))
+    model = Segmenter(backbone, head, classifier, divisor, auxiliary or None)
+    if weights is not None and (weights != "imagenet" or not network.startswith("smp/")):
+        _load_backbone(model, network, weights)
     return model
 
 
@@ -128,8 +107,7 @@ def _smp(name, num_classes, weights):
         model = smp.create_model(architecture, encoder, pretrained, classes=num_classes, **more)
     except Exception as error:  # of a dozen types: an unknown name, no network to download from
         reason = " ".join(str(error).split())[:200]
-        message = f"model.network = {name} with model.weights = {weights}: {reason}"
-        raise UserError(message) from error
+        raise UserError(f"model.network = {name}, model.weights = {weights}: {reason}") from error
     head = model.segmentation_head
     classifier = head.head if hasattr(head, "head") else head[0]  # without the final upsampling
     return model.encoder, model.decoder, classifier, 32  # encoders halve an image 5 times at most
@@ -137,48 +115,38 @@ def _smp(name, num_classes, weights):
 
 def _backbone(network, output_stride):
     """Return torchvision's network without its classifier, and its number of output channels."""
-    deeplab = network == "deeplab_v2_resnet101"
     name = network.removeprefix("deeplab_v2_")
     net = torchvision.models.get_model(name, weights=None)
     if name == "mobilenet_v2":
         stages, channels = (net.features[7:14], net.features[14:18]), 320
-        backbone = nn.Sequential(OrderedDict(features=net.features[:18]))
+        kept = [("features", net.features[:18])]
     else:
         stages, channels = (net.layer3, net.layer4), net.fc.in_features
-        backbone = nn.Sequential(OrderedDict(list(net.named_children())[:-2]))
-    if output_stride == 8:
-        _dilate(stages[0], 2)
-        _dilate(stages[1], 4)
-    else:
-        _dilate(stages[1], 2)
-    if deeplab:
-        for layer in (net.layer2, net.layer3, net.layer4):
-            first, second = layer[0].conv1, layer[0].conv2
-            first.stride, second.stride = second.stride, first.stride
+        kept = list(net.named_children())[:-2]
+    dilated = [(stages[0], 2), (stages[1], 4)] if output_stride == 8 else [(stages[1], 2)]
+    for stage, dilation in dilated:  # in place of strides
+        for conv in _layers(stage, nn.Conv2d):
+            conv.stride = (1, 1)
+            if conv.kernel_size == (3, 3):
+                conv.dilation = conv.padding = (dilation, dilation)
+    if name != network:  # what DeepLab-V2 does differently
+        for block in (net.layer2[0], net.layer3[0], net.layer4[0]):
+            block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
         net.maxpool.ceil_mode = True
-        for module in net.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.requires_grad_(False)
-    return backbone, channels
+        for norm in _layers(net, nn.BatchNorm2d):
+            norm.requires_grad_(False)
+    return nn.Sequential(OrderedDict(kept)), channels
 
 
-def _dilate(stage, dilation):
-    """Replace the strides of a stage by dilation."""
-    for module in stage.modules():
-        if isinstance(module, nn.Conv2d):
-            module.stride = (1, 1)
-            if module.kernel_size == (3, 3):
-                module.dilation = module.padding = (dilation, dilation)
+def _layers(module, kind):
+    return [layer for layer in module.modules() if isinstance(layer, kind)]
 
 
-# ---------------------------------------------------------------- optimizer
+# ---------------------------------------------------------------- optimizer and teacher
 
 
 class AdamW(torch.optim.AdamW):
-    """AdamW that sees channels-last tensors as contiguous views.
-
-    PyTorch's fused CPU kernel would copy them otherwise.
-    """
+    """AdamW that gives PyTorch's fused CPU kernel contiguous views; channels-last it would copy."""
 
     def _init_group(self, group, *lists):
         answer = super()._init_group(group, *lists)  # fills them: parameters, gradients, means, ...
@@ -188,17 +156,12 @@ class AdamW(torch.optim.AdamW):
 
 
 def build_optimizer(model, name, lr_backbone, lr_head, momentum, weight_decay, **_):
-    """Return SGD or AdamW with a group for the backbone and one for the rest.
-
-    Each group keeps its base rate as `base_lr`. lr_backbone = 0 freezes the backbone.
-    """
+    """Return SGD or AdamW with a group for the backbone (frozen at rate 0) and one for the rest."""
     if lr_backbone == 0:
         model.backbone.requires_grad_(False)
-    groups = []
+    trained, groups = [(n, p) for n, p in model.named_parameters() if p.requires_grad], []
     for rate, of_backbone in ((lr_backbone, True), (lr_head, False)):
-        named = model.named_parameters()
-        parameters = [p for name, p in named if name.startswith("backbone.") == of_backbone]
-        parameters = [p for p in parameters if p.requires_grad]
+        parameters = [p for n, p in trained if n.startswith("backbone.") == of_backbone]
         groups.append({"params": parameters, "lr": rate, "base_lr": rate})
     if name == "adamw":
         return AdamW(groups, weight_decay=weight_decay, fused=True)
@@ -217,16 +180,10 @@ def set_learning_rate(optimizer, step, total, power, warmup, **_):
         group["lr"] = poly_lr(group["base_lr"], step, total, power) * rise
 
 
-# ---------------------------------------------------------------- teacher
-
-
 def make_teacher(student):
-    """Return T, a frozen copy of S that uses batch statistics, without dropout.
-
-    Its running statistics do not move in its own forward passes; ema_update copies the student's.
-    """
+    """Return T, a frozen copy of S that uses batch statistics and moves none, without dropout."""
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
-    for norm in _batch_norms(teacher):
+    for norm in _layers(teacher, nn.modules.batchnorm._BatchNorm):
         norm.track_running_stats = False
         norm.train()
     return teacher
@@ -243,33 +200,24 @@ def ema_update(teacher, student, step, limit=0.999):
     weight = 1 - ema_decay(step, limit)
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), weight)
     for dtype in {buffer.dtype for buffer in student.buffers()}:  # of one dtype: one kernel
-        ours, theirs = (
-            [buffer for buffer in network.buffers() if buffer.dtype == dtype]
-            for network in (teacher, student)
-        )
-        torch._foreach_copy_(ours, theirs)
-
-
-def _batch_norms(model):
-    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        pair = ([b for b in net.buffers() if b.dtype == dtype] for net in (teacher, student))
+        torch._foreach_copy_(*pair)
 
 
 @torch.no_grad()
 def recalibrate_batchnorm(model, batches):
-    """Set the running statistics of batch norm to their plain average over batches, in one pass.
+    """Set batch norm's running statistics to their plain average over batches; end in eval mode.
 
-    Leaves the model in evaluation mode. batches: iterating yields this process's images, (B, 3, H,
-    W); len() counts those of all processes. All processes end with the same statistics.
+    batches: yield this process's images (B, 3, H, W); their len() is that of all processes.
     """
     model.eval()
-    norms = _batch_norms(model)
+    norms = _layers(model, nn.modules.batchnorm._BatchNorm)
     share = int(rank() == 0)  # without batches, all take the statistics of rank 0
     if len(batches):
         momenta = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.track_running_stats = True  # off in a teacher
+        for norm in norms:  # a teacher tracks nothing; without momentum it is a plain average
+            norm.track_running_stats, norm.momentum = True, None
             norm.reset_running_stats()
-            norm.momentum = None  # a cumulative average
             norm.train()
         share = 0
         for images in batches:
@@ -289,22 +237,16 @@ def recalibrate_batchnorm(model, batches):
 
 
 def load_segmenter(path, cfg, which="student"):
-    """Return the student or teacher of a checkpoint, on the CPU, and the checkpoint's entries.
-
-    The network is None where the file has no such network. The authors' released student is read
-    too. Raises UserError where the file is not a checkpoint, or one for other classes than cfg's.
-    """
+    """Return a checkpoint's student or teacher (else None), and its entries. Raises UserError."""
     saved = load_tensors(path)
-    if "layer0.0.weight" in saved:
-        model = build_segmenter("deeplab_v2_resnet101", len(classes(cfg)))
-        load_exactly(model, from_authors(saved), path)
-        return (model, {}) if which == "student" else (None, {})
+    if "layer0.0.weight" in saved:  # the authors' released student
+        config = {"classes": cfg.classes, "model": {"network": "deeplab_v2_resnet101"}}
+        saved = {"student": from_authors(saved), "config": config}
     if not {"student", "config"} <= saved.keys():
         raise UserError(f"{path}: holds no segmentation network of warmup.py or selftrain.py")
     trained = list(classes(Config(saved["config"])))
     if trained != list(classes(cfg)):
-        fault = "was trained for other classes than the configuration's"
-        raise UserError(f"{path}: {fault}: {', '.join(trained)}")
+        raise UserError(f"{path}: was trained for other classes: {', '.join(trained)}")
     if which not in saved:
         return None, saved
     options = saved["config"]["model"] | {"weights": None}
@@ -314,55 +256,49 @@ def load_segmenter(path, cfg, which="student"):
 
 
 def load_exactly(module, state, origin):
-    """Load a state dict that fits exactly.
-
-    Raises UserError, which begins with `origin` and names the keys that do not fit.
-    """
+    """Load a state dict that fits, else raise a UserError: `origin`, and the keys that do not."""
     own = module.state_dict()
-    common = own.keys() & state.keys()
-    shapes = {key: (list(state[key].shape), list(own[key].shape)) for key in common}
-    misfits = [
-        f"{k} is {ours}, not {wanted}" for k, (ours, wanted) in shapes.items() if ours != wanted
-    ]
-    for what, keys in (
-        ("lacks", own.keys() - state.keys()),
-        ("has unknown", state.keys() - own.keys()),
-        ("differs in shape:", misfits),
-    ):
+    shapes = {k: (list(state[k].shape), list(own[k].shape)) for k in own.keys() & state.keys()}
+    faults = {
+        "lacks": own.keys() - state.keys(),
+        "has unknown": state.keys() - own.keys(),
+        "differs in shape:": [f"{k} is {a}, not {b}" for k, (a, b) in shapes.items() if a != b],
+    }
+    for fault, keys in faults.items():
         if keys:
-            more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-            named = f"{what} {', '.join(sorted(keys)[:5])}{more}"
-            raise UserError(f"{origin}: {named}; it does not fit this network")
+            named = ", ".join(sorted(keys)[:5]) + f" and {len(keys) - 5} more" * (len(keys) > 5)
+            raise UserError(f"{origin}: {fault} {named}; it does not fit this network")
     module.load_state_dict(state)
 
 
-def backbone_weights(state):
-    """Return a file's tensors under the names of its torchvision network, without classifier.
+def _load_backbone(model, network, weights):
+    """Load "imagenet", or a file in torchvision's layout or one of two that are based on it.
 
-    Three layouts are read: torchvision's; the old DeepLab one ("Scale." before every name, for BGR
-    images in 0 ... 255 minus a mean); ProDA's SimCLR one (torchvision's, under "state_dict").
+    These are old DeepLab's ("Scale." first; for BGR in 0 ... 255 less a mean) and ProDA's SimCLR's.
     """
+    if weights == "imagenet":
+        source = torchvision.models.get_model_weights(network.removeprefix("deeplab_v2_"))
+        try:
+            state = source.IMAGENET1K_V1.get_state_dict(weights_only=True)
+        except OSError as error:
+            url = source.IMAGENET1K_V1.url
+            fault = f"model.weights: imagenet could not be downloaded from {url} ({error})"
+            remedy = "fetch that file where there is a network and give its path as model.weights"
+            raise UserError(f"{fault}; {remedy}") from error
+    else:
+        state = load_tensors(weights)
     state = state.get("state_dict", state)
-    caffe = "Scale.conv1.weight" in state
+    if "Scale.conv1.weight" in state:
+        state["Scale.conv1.weight"] = state["Scale.conv1.weight"].flip(1)
+        model.mean.copy_(torch.tensor(AUTHORS_BGR_MEAN[::-1])[:, None, None] / 255)
+        model.std.fill_(1 / 255)
     state = {k.removeprefix("module.").removeprefix("Scale."): v for k, v in state.items()}
     others = ("fc.", "classifier.", "features.18.", "layer5.")
     state = {key: value for key, value in state.items() if not key.startswith(others)}
-    if caffe:
-        state["conv1.weight"] = state["conv1.weight"].flip(1)
     norms = [key.removesuffix("running_var") for key in state if key.endswith("running_var")]
     # old PyTorch versions did not count batches
-    return {f"{norm}num_batches_tracked": torch.tensor(0) for norm in norms} | state
-
-
-def _imagenet_weights(network):
-    name = network.removeprefix("deeplab_v2_")
-    weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
-    try:
-        return weights.get_state_dict(weights_only=True)
-    except (urllib.error.URLError, OSError) as error:
-        fault = f"imagenet could not be downloaded from {weights.url} ({error})"
-        remedy = "fetch that file where there is a network and give its path as model.weights"
-        raise UserError(f"model.weights: {fault}; {remedy}") from error
+    counts = {f"{norm}num_batches_tracked": torch.tensor(0) for norm in norms}
+    load_exactly(model.backbone, counts | state, weights)
 
 
 AUTHORS_BGR_MEAN = (104.00698793, 116.66876762, 122.67891434)
@@ -380,16 +316,12 @@ AUTHORS_KEYS = {
 
 
 def from_authors(state):
-    """Return the state dict of the authors' released DeepLab-V2 (student.pth) under our names.
-
-    Their network takes BGR images in 0 ... 255, minus a mean, divided by 128; the result takes RGB
-    in [0, 1] and computes the same.
-    """
+    """Return the authors' student.pth (BGR in 0 ... 255, minus a mean, over 128) in our layout."""
     ours = {}
     for key, value in state.items():
-        prefix = next((p for p in AUTHORS_KEYS if key.startswith(p)), "")
+        theirs = next((prefix for prefix in AUTHORS_KEYS if key.startswith(prefix)), "")
         linear = ".se." in key and value.dim() == 2
-        name = AUTHORS_KEYS.get(prefix, "") + key.removeprefix(prefix)
+        name = AUTHORS_KEYS.get(theirs, "") + key.removeprefix(theirs)
         ours[name] = value[..., None, None] if linear else value
     ours["backbone.conv1.weight"] = ours["backbone.conv1.weight"].flip(1)
     ours["mean"] = torch.tensor(AUTHORS_BGR_MEAN[::-1])[:, None, None] / 255

@@ -2,12 +2,10 @@
 
 python translate_cyclegan.py --cfg config.yaml
 
-A CycleGAN (Zhu et al., ICCV 2017) with a loss that keeps images as they are at borders between
-classes, so that the source's labels stay valid for the translated image. Only G: source -> target
-is used afterwards.
+A CycleGAN (Zhu et al., ICCV 2017) with a loss that keeps borders between classes where they are, so
+that the source's labels stay valid. Only G: source -> target is used afterwards.
 """
 
-import itertools
 from pathlib import Path
 
 import torch
@@ -44,13 +42,10 @@ def main():
         Aligned(options.images, source.names, read_image, remedy)
         print(f"translator: {len(source)} translated images are in {options.images}")
         return
-    if options.weights:
-        generator = load_generator(options.weights)
-    else:
-        if not run.is_finished(args.force):
-            train(run, source)
-        generator = load_generator(run.result)
-    write(run, run.place(generator), source, options.weights or run.result)
+    if not options.weights and not run.is_finished(args.force):
+        train(run, source)
+    weights = options.weights or run.result
+    write(run, run.place(load_generator(weights)), source, weights)
 
 
 def train(run, source):
@@ -58,25 +53,19 @@ def train(run, source):
 
     # data
     size, batch_size = part_size(cfg, "translation"), sum(options.batch)
-    target = Images(cfg, "target", labelled=False)
-    crops = StackDataset(
-        **{
-            domain: Crops(cfg, run.stage, domain, images, options.batch, total, options.crop)
-            for domain, images in (("source", source), ("target", target))
-        }
-    )
+    images = {"source": source, "target": Images(cfg, "target", labelled=False)}
+    alike = options.batch, total, options.crop
+    crops = {key: Crops(cfg, run.stage, key, images[key], *alike) for key in images}
 
     # generators, discriminators, optimizers
     generators = [Generator(options.filters, options.blocks).apply(init_gan) for _ in range(2)]
     to_target, to_source = map(run.place, generators)
     discriminators = [Discriminator(options.filters).apply(init_gan) for _ in range(2)]
-    is_target, is_source = map(run.place, discriminators)
+    judges = is_target, is_source = nn.ModuleList(map(run.place, discriminators))
     pool_target, pool_source = (run.place(Pool(options.crop)) for _ in range(2))
-    judges = nn.ModuleList([is_target, is_source])
-    trained = [*to_target.parameters(), *to_source.parameters()]
     # fused on a GPU: with another Adam, the scaler of fp16 reads back in every step
     adam = {"lr": options.lr, "betas": (0.5, 0.999), "fused": run.device.type == "cuda"}
-    optimizer = torch.optim.Adam(trained, **adam)
+    optimizer = torch.optim.Adam([*to_target.parameters(), *to_source.parameters()], **adam)
     judges_optimizer = torch.optim.Adam(judges.parameters(), **adam)
     state = {"generator": to_target, "back": to_source, "judges": judges}
     state |= {"pool_target": pool_target, "pool_source": pool_source}
@@ -87,9 +76,9 @@ def train(run, source):
     run.describe()
     to_target, to_source = map(run.parallel, (to_target, to_source))
     judge_target, judge_source = map(run.parallel, judges)
-    crops = loader(run, crops, first * batch_size, size)
+    crops = loader(run, StackDataset(**crops), first * batch_size, size)
     for step, parts in run.steps(crops, first, total, state):
-        for group in itertools.chain(optimizer.param_groups, judges_optimizer.param_groups):
+        for group in (*optimizer.param_groups, *judges_optimizer.param_groups):
             group["lr"] = options.lr * min(1, 2 * (1 - step / total))
         places = torch.randint(2 * POOL, (2, batch_size))  # in the pools; the same in all processes
         for k, batch in enumerate(parts):
@@ -123,11 +112,10 @@ def train(run, source):
             run.log(loss=loss, adversarial=adversarial, cycle=cycle, identity=identity, edge=edge)
             run.log(judges=judged, lr=optimizer.param_groups[0]["lr"])
 
-        run.scaler.step(optimizer)
-        run.scaler.step(judges_optimizer)
+        for each in (optimizer, judges_optimizer):
+            run.scaler.step(each)
+            each.zero_grad()
         run.scaler.update()
-        optimizer.zero_grad()
-        judges_optimizer.zero_grad()
         if run.shows:
             pictures = {"source_image": source, "translated": fake_target}
             pictures |= {"back_again": cycled_source, "target_image": target}
@@ -169,9 +157,6 @@ def write(run, generator, source, weights):
     print(f"translator: {len(paths)} translated images are in {folder}")
 
 
-# ---------------------------------------------------------------- losses and the image pool
-
-
 def least_squares(scores, wanted):
     """Return LSGAN's loss, the mean of (D - wanted)^2 over the patches' scores (B, 1, h, w)."""
     return (scores.float() - wanted).square().mean()
@@ -192,16 +177,13 @@ class Pool(nn.Module):
     def exchange(self, images, number, places):
         """Return images (B, 3, H, W), half of which come from the pool once it is full.
 
-        number: that of the first image in all processes, counted from the first step on.
-        places: (batch,) integers drawn for this step, one for each image of all processes.
+        number: how many images came before, in all processes. places: (batch,) integers, drawn.
         """
         answer, images, size = [], all_gather_rows(images), len(images)
         for n, image in enumerate(images, number):
             place = n if n < POOL else int(places[n % len(places)])
-            if n >= POOL and place < POOL:
-                answer.append(self.images[place].clone())
-            else:
-                answer.append(image)
+            swapped = n >= POOL and place < POOL
+            answer.append(self.images[place].clone() if swapped else image)
             if place < POOL:
                 self.images[place] = image
         return torch.stack(answer[rank() * size : (rank() + 1) * size])
@@ -210,20 +192,19 @@ class Pool(nn.Module):
 # ---------------------------------------------------------------- networks
 
 
+def layer(conv, reflect=0, activation=None):
+    """Return a list: reflection padding, if any, a convolution, instance norm, ReLU by default."""
+    padding = [nn.ReflectionPad2d(reflect)] if reflect else []
+    return [*padding, conv, nn.InstanceNorm2d(conv.out_channels), activation or nn.ReLU()]
+
+
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions with instance norm and reflection padding, added to their input."""
 
     def __init__(self, channels):
         super().__init__()
-        self.conv_block = nn.Sequential(
-            nn.ReflectionPad2d(1),
-            nn.Conv2d(channels, channels, 3),
-            nn.InstanceNorm2d(channels),
-            nn.ReLU(),
-            nn.ReflectionPad2d(1),
-            nn.Conv2d(channels, channels, 3),
-            nn.InstanceNorm2d(channels),
-        )
+        first, second = (layer(nn.Conv2d(channels, channels, 3), 1) for _ in range(2))
+        self.conv_block = nn.Sequential(*first, *second[:-1])
 
     def forward(self, x):
         return x + self.conv_block(x)
@@ -237,40 +218,17 @@ class Generator(nn.Module):
 
     def __init__(self, filters=64, blocks=9):
         super().__init__()
-        layers = [nn.ReflectionPad2d(3), nn.Conv2d(3, filters, 7)]
-        layers += [nn.InstanceNorm2d(filters), nn.ReLU()]
+        layers = layer(nn.Conv2d(3, filters, 7), 3)
         for width in (filters, 2 * filters):
-            layers.append(nn.Conv2d(width, 2 * width, 3, 2, 1))
-            layers += [nn.InstanceNorm2d(2 * width), nn.ReLU()]
+            layers += layer(nn.Conv2d(width, 2 * width, 3, 2, 1))
         layers += [ResidualBlock(4 * filters) for _ in range(blocks)]
         for width in (4 * filters, 2 * filters):
-            layers.append(nn.ConvTranspose2d(width, width // 2, 3, 2, 1, 1))
-            layers += [nn.InstanceNorm2d(width // 2), nn.ReLU()]
+            layers += layer(nn.ConvTranspose2d(width, width // 2, 3, 2, 1, 1))
         layers += [nn.ReflectionPad2d(3), nn.Conv2d(filters, 3, 7), nn.Tanh()]
         self.model = nn.Sequential(*layers)
 
     def forward(self, images):
         return (self.model(2 * images - 1).float() + 1) / 2
-
-    @classmethod
-    def from_file(cls, path):
-        """Return the generator in a translator.pth or latest_net_G_A.pth, whatever its size.
-
-        Raises UserError for other files.
-        """
-        state = load_tensors(path)
-        state = state.get("generator", state)
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-        blocks = len({key.split(".")[1] for key in state if ".conv_block." in key})
-        if "model.1.weight" not in state or not blocks:
-            fault = "no CycleGAN ResNet generator (there is no model.1.weight)"
-            raise UserError(f"{path}: {fault}; see translation.weights")
-        # old PyTorch versions saved statistics of instance norm, which nothing reads
-        unused = ("running_", "num_batches")
-        state = {k: v for k, v in state.items() if not any(part in k for part in unused)}
-        generator = cls(state["model.1.weight"].shape[0], blocks)
-        load_exactly(generator, state, path)
-        return generator
 
 
 class Discriminator(nn.Sequential):
@@ -279,8 +237,7 @@ class Discriminator(nn.Sequential):
     def __init__(self, filters=64):
         layers = [nn.Conv2d(3, filters, 4, 2, 1), nn.LeakyReLU(0.2)]
         for width, stride in ((filters, 2), (2 * filters, 2), (4 * filters, 1)):
-            layers.append(nn.Conv2d(width, 2 * width, 4, stride, 1))
-            layers += [nn.InstanceNorm2d(2 * width), nn.LeakyReLU(0.2)]
+            layers += layer(nn.Conv2d(width, 2 * width, 4, stride, 1), 0, nn.LeakyReLU(0.2))
         super().__init__(*layers, nn.Conv2d(8 * filters, 1, 4, 1, 1))
 
     def forward(self, images):
@@ -294,70 +251,62 @@ def init_gan(module):
         nn.init.zeros_(module.bias)
 
 
-# the names of the convolutions in the authors' files, in order
-BLOCKS = [f"model.{block}.model.{conv}.conv" for block in range(4) for conv in range(2)]
-HEAD = ["model.0.conv", "model.1.conv", "model.2.conv"]
-TAIL = ["model.2.conv", "model.4.conv", "model.5.conv"]
-ENCODER = [*HEAD, *(f"model.3.{name}" for name in BLOCKS)]
-DECODER = [*(f"model.0.{name}" for name in BLOCKS), *TAIL]
-
-
 class AuthorsGenerator(nn.Module):
     """The DiGA authors' translator: (B, 3, H, W) -> (B, 3, H, W), RGB in [0, 1].
 
-    H and W are multiples of 4. After MUNIT: an encoder (a 7x7 convolution, two of 4x4 and stride 2,
-    4 residual blocks) and a decoder (4 residual blocks, twice upsampling and a 5x5 convolution,
-    7x7). Their files hold convolutions alone; the norms between them are taken as instance norms.
+    H and W are multiples of 4. After MUNIT; instance norms are assumed, no file holds one.
     """
 
     def __init__(self, filters=64):
         super().__init__()
         mean = torch.tensor(AUTHORS_BGR_MEAN[::-1])[:, None, None] / 255
         self.register_buffer("mean", mean, persistent=False)
-
-        def layer(inputs, outputs, kernel, stride=1):
-            pad = nn.ReflectionPad2d((kernel - 1) // 2)
-            conv = nn.Conv2d(inputs, outputs, kernel, stride)
-            return [pad, conv, nn.InstanceNorm2d(outputs), nn.ReLU()]
-
-        wide = 4 * filters
-        encoder, decoder = layer(3, filters, 7), [ResidualBlock(wide) for _ in range(4)]
+        layers = layer(nn.Conv2d(3, filters, 7), 3)
         for width in (filters, 2 * filters):
-            encoder += layer(width, 2 * width, 4, 2)
-        for width in (wide, wide // 2):
-            decoder += [nn.Upsample(scale_factor=2), *layer(width, width // 2, 5)]
-        self.encoder = nn.Sequential(*encoder, *(ResidualBlock(wide) for _ in range(4)))
-        last = nn.Conv2d(filters, 3, 7)
-        self.decoder = nn.Sequential(*decoder, nn.ReflectionPad2d(3), last, nn.Tanh())
+            layers += layer(nn.Conv2d(width, 2 * width, 4, 2), 1)
+        layers += [ResidualBlock(4 * filters) for _ in range(8)]
+        for width in (4 * filters, 2 * filters):
+            layers += [nn.Upsample(scale_factor=2), *layer(nn.Conv2d(width, width // 2, 5), 2)]
+        layers += [nn.ReflectionPad2d(3), nn.Conv2d(filters, 3, 7), nn.Tanh()]
+        self.encoder, self.decoder = nn.Sequential(*layers[:16]), nn.Sequential(*layers[16:])
 
     def forward(self, images):
         bgr = (images - self.mean).flip(1) * (255 / 128)
         rgb = self.decoder(self.encoder(bgr)).float().flip(1)
         return (rgb * (128 / 255) + self.mean).clamp(0, 1)
 
-    @classmethod
-    def from_folder(cls, folder):
-        """Return the generator in a folder's enc_s.pth and dec_s2t.pth. Raises UserError."""
-        files = {"encoder": ("enc_s.pth", ENCODER), "decoder": ("dec_s2t.pth", DECODER)}
-        states = {part: load_tensors(Path(folder) / file) for part, (file, _) in files.items()}
-        first = states["encoder"].get("model.0.conv.weight")
-        generator = cls(64 if first is None else first.shape[0])
-        for part, (file, names) in files.items():
-            module = getattr(generator, part)
-            named = module.named_modules()
-            convs = [name for name, layer in named if isinstance(layer, nn.Conv2d)]
-            ours, state = dict(zip(names, convs, strict=True)), {}
-            for key, value in states[part].items():
-                theirs, _, kind = key.rpartition(".")
-                state[f"{ours.get(theirs, '?')}.{kind}"] = value
-            load_exactly(module, state, Path(folder) / file)
-        return generator
-
 
 def load_generator(path):
-    """Return the generator that translation.weights names: a file, or the authors' folder."""
-    is_folder = Path(path).is_dir()
-    return AuthorsGenerator.from_folder(path) if is_folder else Generator.from_file(path)
+    """Return the generator of a translator.pth or latest_net_G_A.pth, or of the authors' folder.
+
+    The folder holds enc_s.pth and dec_s2t.pth. Raises UserError.
+    """
+    if not Path(path).is_dir():
+        saved = load_tensors(path)
+        state = {k.removeprefix("module."): v for k, v in saved.get("generator", saved).items()}
+        blocks = len({key.split(".")[1] for key in state if ".conv_block." in key})
+        if "model.1.weight" not in state or not blocks:
+            raise UserError(f"{path}: no CycleGAN ResNet generator; see translation.weights")
+        # old PyTorch versions saved statistics of instance norm, which nothing reads
+        unused = ("running_mean", "running_var", "num_batches_tracked")
+        state = {k: v for k, v in state.items() if not k.endswith(unused)}
+        generator = Generator(state["model.1.weight"].shape[0], blocks)
+        load_exactly(generator, state, path)
+        return generator
+    blocks = [f"model.{block}.model.{conv}" for block in range(4) for conv in range(2)]
+    encoder = ["model.0", "model.1", "model.2", *(f"model.3.{name}" for name in blocks)]
+    decoder = [*(f"model.0.{name}" for name in blocks), "model.2", "model.4", "model.5"]
+    files = [Path(path) / name for name in ("enc_s.pth", "dec_s2t.pth")]
+    states = [load_tensors(file) for file in files]
+    first = states[0].get("model.0.conv.weight")
+    generator = AuthorsGenerator(64 if first is None else first.shape[0])
+    modules = generator.encoder, generator.decoder
+    for module, convs, state, file in zip(modules, (encoder, decoder), states, files, strict=True):
+        theirs = [f"{conv}.conv.{kind}" for conv in convs for kind in ("weight", "bias")]
+        ours = dict(zip(theirs, module.state_dict(), strict=True))
+        renamed = {ours.get(key, f"? {key}"): value for key, value in state.items()}
+        load_exactly(module, renamed, file)
+    return generator
 
 
 if __name__ == "__main__":

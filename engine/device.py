@@ -1,8 +1,10 @@
 """The device and the precision of a run, and what is put there."""
 
 import copy
+import json
 import os
 import sys
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from engine.batchnorm import synchronise_batchnorm
 from engine.config import UserError
 from engine.processes import rank, world
 
+MEASURED = Path(__file__).parent.parent / "gpu.json"  # what tools/gpu_hour.py leaves
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -63,14 +66,28 @@ def fetch(batch, device):
     return batch.movedim(-1, -3).float().div_(255) if batch.shape[-1] == 3 else batch.long()
 
 
+def compilation_pays(device):
+    """Return the decision of "auto": never on a CPU; on a GPU, unless gpu.json speaks against it.
+
+    gpu.json lies in the repository's root and holds for GPUs of the same name.
+    """
+    if device.type == "cpu":
+        return False
+    try:
+        gpu = json.loads(MEASURED.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True
+    return gpu["compile"] is not False or gpu["device"] != torch.cuda.get_device_name(device)
+
+
 def compiled(network, wanted, device):
     """Return a network's compiled forward pass, for batches that are alike in all steps.
 
-    wanted: True, False or "auto": on a GPU, and where compilation fails without it. Each part of
+    wanted: True, False or "auto": if it pays, and without it where compilation fails. Each part of
     the network is compiled by itself, so that the gradients of one part are averaged during the
     backward pass of the next.
     """
-    if wanted is False or (wanted == "auto" and device.type == "cpu"):
+    if wanted is False or (wanted == "auto" and not compilation_pays(device)):
         return network
     if isinstance(network, nn.Sequential):
         return Compiled(network, wanted == "auto")

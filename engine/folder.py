@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -73,7 +74,8 @@ def describe(folder, cfg, device):
 def environment(device):
     """Return what a result depends on besides its configuration: code, versions, hardware."""
     here = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": False}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], **here).stdout.strip()
+    git = shutil.which("git")
+    commit = git and subprocess.run([git, "rev-parse", "HEAD"], **here).stdout.strip()
     gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if gpu else platform.processor()
     return {

@@ -18,7 +18,8 @@ import models
 pytestmark = pytest.mark.core
 GOLDEN = Path(__file__).parent / "golden"
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-on_each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=no_gpu)])
+cuda = pytest.param("cuda", marks=[pytest.mark.gpu, no_gpu])
+on_each_device = pytest.mark.parametrize("device", ["cpu", cuda])
 
 
 def golden(name, device="cpu"):

@@ -9,7 +9,7 @@ from torch import nn
 
 import models
 from engine.config import UserError
-from translate_cyclegan import Discriminator, Generator
+from translate_cyclegan import Discriminator, load_generator
 
 
 def images(n=2, size=(65, 97)):
@@ -188,7 +188,7 @@ def test_a_published_generators_layout_loads(tmp_path):
     old["module.model.2.running_mean"] = torch.zeros(64)
     torch.save(old, tmp_path / "old.pth")
     paths = (tmp_path / name for name in ("plain.pth", "old.pth"))
-    plain, prefixed = (Generator.from_file(path).eval() for path in paths)
+    plain, prefixed = (load_generator(path).eval() for path in paths)
     x = images(1, (32, 48))
     with torch.no_grad():
         assert torch.equal(plain(x), prefixed(x))
@@ -196,7 +196,7 @@ def test_a_published_generators_layout_loads(tmp_path):
         assert 0 <= plain(x).min() <= plain(x).max() <= 1
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match=r"other\.pth: no CycleGAN"):
-        Generator.from_file(tmp_path / "other.pth")
+        load_generator(tmp_path / "other.pth")
 
 
 def test_the_discriminator_judges_70x70_patches():

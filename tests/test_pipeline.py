@@ -36,6 +36,7 @@ import losses
 import metrics
 import models
 from datasets import Crops, Images
+from engine import device as devices
 from engine.command import command
 from engine.images import read_image, read_label, write_image
 from engine.run import Run
@@ -494,6 +495,24 @@ def test_a_backbone_with_a_rate_of_zero_stands_still(dataset, run):
             assert not moved, name
 
 
+@pytest.mark.parametrize(
+    ("gpu", "pays"),
+    [
+        (None, True),
+        ({"device": "A", "compile": False}, False),
+        ({"device": "A", "compile": None}, True),
+        ({"device": "B", "compile": False}, True),
+    ],
+)
+def test_a_measurement_decides_whether_to_compile(tmp_path, monkeypatch, gpu, pays):
+    monkeypatch.setattr(devices, "MEASURED", tmp_path / "gpu.json")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A")
+    if gpu:
+        devices.MEASURED.write_text(json.dumps(gpu))
+    assert devices.compilation_pays(torch.device("cuda")) == pays
+    assert not devices.compilation_pays(torch.device("cpu"))
+
+
 @pytest.mark.parametrize("falls_back", [True, False])
 def test_a_network_that_cannot_be_compiled_is_told_in_one_line(tmp_path, falls_back):
     """Without a C++ compiler, which PyTorch's own compiler needs."""
@@ -611,11 +630,12 @@ def test_compiled_networks_train_alike(dataset, run, monkeypatch):
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_the_stages_on_a_gpu(run, precision):
     for script in ("translate_cyclegan", "warmup", "selftrain"):
-        ok(run(script, "device=cuda", f"precision={precision}"))
+        ok(run(script, "device=cuda", "compile=false", f"precision={precision}"))
 
 
 def test_every_part_of_the_bench_is_measured(dataset, run, monkeypatch):

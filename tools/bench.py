@@ -29,43 +29,17 @@ from engine.command import arguments, command
 from engine.config import UserError, plain
 from engine.files import write_text
 from engine.folder import environment, memory_gb
-from engine.images import keep_freed_memory, read_label, write_image
+from engine.images import keep_freed_memory, read_label
 from engine.run import Run
 from losses import Centroids, upsample
 from metrics import at_scales, predictions
-from models import build_segmenter, ema_update, load_segmenter, make_teacher
+from models import ema_update, load_segmenter, make_teacher
 from settings import checked, classes, load_config
 from tools.pack import pack
+from tools.timed import Timed, bare_networks, make_files, times, train, warmed_up
 from translate_cyclegan import Generator
 
 GPU_STEP = {"warmup": 0.094, "selftrain": 0.140}  # seconds of a step of config.yaml on a GPU
-
-
-class Timed(Run):
-    """A run whose loop repeats its first batch `steps` + 2 times, and which writes no result.
-
-    networks(run, state) returns a function: the bare networks of a step. times: seconds of both.
-    """
-
-    def __init__(self, cfg, stage, section, steps, networks=None):
-        super().__init__(cfg, stage, section)
-        self.repeats, self.networks, self.times = steps, networks, ([], [])
-
-    def steps(self, batches, first, total, state):
-        self.state, batch = state, self.fetch(next(iter(batches)))
-        bare = self.networks(self, state) if self.networks else lambda: None
-        for step in range(self.repeats + 2):
-            started = now(self.device)
-            yield min(step, total - 1), [batch]
-            between = now(self.device)
-            bare()
-            self.times[0].append(between - started)
-            self.times[1].append(now(self.device) - between)
-
-    def save(self, *_, **__):
-        pass
-
-    finish = save
 
 
 def main():
@@ -92,80 +66,6 @@ def main():
     write_text(args.out, json.dumps(figures | {"hours": hours}, indent=1) + "\n")
 
 
-def make_files(cfg, folder, count=4):
-    """Write `count` images and labels of each domain; return overrides that use them.
-
-    Source images are PNGs with filters at level 6, labels paletted, as in GTA5.
-    """
-    rng, full = np.random.default_rng(0), cfg.target.sizes[-1]
-    sizes = {"source": cfg.source.sizes[-1], "target": full, "val": cfg.val.size or full}
-    for domain, size in sizes.items():
-        for kind in ("images", "labels"):
-            (Path(folder) / domain / kind).mkdir(parents=True)
-        for i in range(count):
-            image, label = scene(rng, size, len(classes(cfg)))
-            Image.fromarray(image).save(f"{folder}/{domain}/images/{i}.png")
-            paletted = Image.frombytes("P", size[::-1], label.tobytes())
-            paletted.putpalette([*range(256)] * 3)
-            paletted.save(f"{folder}/{domain}/labels/{i}.png")
-            write_image(f"{folder}/{domain}/translated/{i}.jpg", image)
-            write_image(f"{folder}/{domain}/pseudo/{i}.png", label)
-    overrides = [f"output={folder}", f"translation.images={folder}/source/translated"]
-    for domain in sizes:
-        keys = (f"root={folder}/{domain}", "layout=folder", "split=null", "ids=index", "list=null")
-        overrides += [f"{domain}.{key}" for key in keys]
-    run = "name=bench bn_images=1 val_every=0 workers=0 model.weights=null"
-    return [*overrides, *run.split(), "selftrain.diagnose=false", "selftrain.rounds=1"]
-
-
-def scene(rng, size, count):
-    """Return an image of discs that hide each other and its label of `count` classes, uint8.
-
-    Disc sizes follow r^-3. Spectrum and edges are then those of photographs ("dead leaves"), and
-    so is the time to decode the image, unlike that of noise.
-    """
-    label, image = np.zeros(size, np.uint8), np.full((*size, 3), 128, np.uint8)
-    discs = size[0] * size[1] // 100
-    radius = 1.5 / np.sqrt(np.maximum(rng.random(discs), (6 / size[0]) ** 2))
-    kind, centre = rng.integers(0, count, discs), rng.integers(0, size[::-1], (discs, 2))
-    colour = rng.integers(40, 216, (count, 1))[kind] + rng.normal(0, 25, (discs, 1))
-    colour = np.clip(colour + rng.normal(0, 8, (discs, 3)), 0, 255)
-    discs = zip(centre.tolist(), radius.tolist(), colour.tolist(), kind.tolist(), strict=True)
-    for at, r, shade, k in discs:
-        cv2.circle(image, at, max(round(r), 1), shade, cv2.FILLED)
-        if r > size[0] / 60:
-            cv2.circle(label, at, round(r), k, cv2.FILLED)
-    image = cv2.GaussianBlur(image, (0, 0), 0.8) + rng.normal(0, 0.8, image.shape)
-    return np.clip(image, 0, 255).astype(np.uint8), label
-
-
-def warmed_up(cfg):
-    """Return the path of a checkpoint of an untrained network, as a warm-up would leave it."""
-    run = Run(cfg, "warmup", "warmup")
-    run.is_finished(True)
-    student = build_segmenter(num_classes=len(classes(cfg)), **cfg.model)
-    run.save(run.result, 0, {"student": student})
-    return run.result
-
-
-def now(device):
-    """Return the time in seconds, once the device has done its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def times(device, turns, *calls):
-    """Return a list of seconds for each of the functions, which are called in turns."""
-    seconds = [[] for _ in calls]
-    for _ in range(turns):
-        for call, kept in zip(calls, seconds, strict=True):
-            started = now(device)
-            call()
-            kept.append(now(device) - started)
-    return seconds
-
-
 def ratio(ours, bare, first=2):
     """Return the medians of two lists of seconds and ours / bare, without the first turns."""
     ours, bare = statistics.median(ours[first:]), statistics.median(bare[first:])
@@ -175,22 +75,6 @@ def ratio(ours, bare, first=2):
 def alternate(device, steps, ours, bare):
     """Return the ratio of two functions that are called in turns."""
     return ratio(*times(device, steps + 2, ours, bare))
-
-
-def bare_step(views, run, state):
-    """Return the networks' part of a step: forward of both, backward of the student."""
-    student, teacher = run.compiled(state["student"]), run.compiled(state["teacher"])
-    images = torch.rand(views, 3, *run.cfg.crop, device=run.device)
-
-    def bare():
-        with torch.no_grad(), run.autocast():
-            teacher(images)
-        with run.autocast():
-            logits, *_ = student(images)
-        logits.backward(torch.ones_like(logits))
-        state["optimizer"].zero_grad()
-
-    return bare
 
 
 def bare_pass(run, model, whole, scales):
@@ -207,23 +91,15 @@ def bare_pass(run, model, whole, scales):
     return bare
 
 
-def train(run, *inputs):
-    """Run the loop of a Timed, a warm-up or a self-training, and return it."""
-    run.is_finished(True)
-    {"warmup": warmup, "selftrain": selftrain}[run.stage].train(run, *inputs)
-    return run
-
-
 def measure_warmup(cfg, steps):
-    bare = functools.partial(bare_step, 2 * sum(cfg.warmup.batch))
+    bare = functools.partial(bare_networks, 2 * sum(cfg.warmup.batch))
     run = train(Timed(cfg, "warmup", "warmup", steps, bare))
     return ratio(*run.times) | {"memory_gb": memory_gb(run.device)}
 
 
 def measure_selftrain(cfg, steps):
-    bare = functools.partial(bare_step, 3 * sum(cfg.selftrain.batch))
-    run = Timed(cfg, "selftrain", "selftrain", steps, bare)
-    train(run, warmed_up(cfg), run.folder / "pseudo_labels")
+    bare = functools.partial(bare_networks, 3 * sum(cfg.selftrain.batch))
+    run = train(Timed(cfg, "selftrain", "selftrain", steps, bare))
     return ratio(*run.times) | {"memory_gb": memory_gb(run.device)}
 
 
