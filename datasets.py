@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset, StackDataset
 from augment import DRAWS
 from engine import signals
 from engine.config import Config, UserError
-from engine.images import read_image, read_label, resize, threads
-from engine.processes import rank, world
+from engine.images import keep_freed_memory, read_image, read_label, resize, threads
+from engine.processes import loader_workers, rank, world
 from settings import classes, label_values
 
 IGNORED, NO_CLASS = 255, 254
@@ -290,7 +290,8 @@ class Crops(Dataset):
             if values is None:
                 break
             label = self.images.to_classes(resize(values[window], self.crop, labels=True), i)
-            if np.bincount(label.ravel()).max() <= self.max_class_share * label.size:
+            pixels = cv2.calcHist([label], [0], None, [256], [0, 256])  # of each class
+            if pixels.max() <= self.max_class_share * label.size:
                 break
         sample = {"image": resize(image[window], self.crop)}
         if values is not None:
@@ -298,7 +299,7 @@ class Crops(Dataset):
         for key, array in beside.items():
             sample[key] = resize(array[window], self.crop, labels=array.ndim == 2)
         if rng.random() < 0.5:
-            sample = {key: np.ascontiguousarray(array[:, ::-1]) for key, array in sample.items()}
+            sample = {key: cv2.flip(array, 1) for key, array in sample.items()}
         return sample | {"draws": rng.random(DRAWS, dtype=np.float32)}
 
 
@@ -328,7 +329,7 @@ class Whole(Dataset):
 
 
 def loader(run, dataset, first=0, batch_size=None):
-    """Return a DataLoader over the samples from `first` on, in order, with cfg.workers workers.
+    """Return a DataLoader over the samples from `first` on, in order, loaded by cfg.workers.
 
     Of N processes, each takes every N-th batch: no sample is left out or repeated.
     """
@@ -338,7 +339,7 @@ def loader(run, dataset, first=0, batch_size=None):
         dataset,
         batch_size,
         sampler=samples[mine].tolist(),
-        num_workers=run.cfg.workers,
+        num_workers=loader_workers(run.cfg.workers),
         pin_memory=run.device.type == "cuda",
         worker_init_fn=_set_up_worker,
     )
@@ -346,6 +347,7 @@ def loader(run, dataset, first=0, batch_size=None):
 
 def _set_up_worker(_):
     cv2.setNumThreads(1)
+    keep_freed_memory()
     signals.ignore()  # they are sent to the whole process group; the parent answers them
 
 

@@ -117,7 +117,7 @@ SCHEMA = {
     "device": choice("auto", "cpu", "cuda"),
     "precision": choice("auto", "bf16", "fp16", "fp32"),
     "compile": choice("auto", True, False),
-    "workers": integer(0, 256),
+    "workers": either(choice("auto"), integer(0, 256)),
     "accumulate": integer(1, 4096),
     "classes": either(choice("cityscapes"), sequence(choice(*CITYSCAPES), 2), COLOURS),
     "source": _dataset(sizes=sequence(SIZE, 1)),

@@ -124,12 +124,27 @@ def train(run, source):
 
 @torch.no_grad()
 def write(run, generator, source, weights):
-    """Write translated/NAME, of the image's size, where it is older than the weights or missing."""
+    """Write translated/NAME.jpg for every source image, of the same size.
+
+    JPEG takes a third of a PNG's disk space and of its decoding, which is most of a sample's time.
+    Images that were written after the weights are left alone, in whatever format.
+    """
     folder, made = run.folder / "translated", Path(weights).stat().st_mtime
-    paths = [folder / name for name in source.names]
-    todo = [i for i, path in enumerate(paths) if not path.exists() or path.stat().st_mtime < made]
-    # by rank 0, before another process writes one of them
-    images = loader(run, Subset(Whole(source), decided_by_first(lambda: todo)))
+    paths = [(folder / name).with_suffix(".jpg") for name in source.names]
+
+    def choose():
+        """Return the images to write; older files go, also those of an earlier format."""
+        todo = []
+        for i, name in enumerate(source.names):
+            files = [path for path in {paths[i], folder / name} if path.exists()]
+            if not any(path.stat().st_mtime >= made for path in files):
+                todo.append(i)
+                for path in files:
+                    path.unlink(missing_ok=True)
+        return todo
+
+    todo = decided_by_first(choose)  # before another process writes one of them
+    images = loader(run, Subset(Whole(source), todo))
     with image_writer() as write_image:
         for sample in progress(images, desc="translated", unit="img"):
             image, (height, width) = run.fetch(sample["image"])[None], sample["shape"]

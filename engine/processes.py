@@ -4,6 +4,7 @@ import datetime
 import functools
 import os
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from torch._utils import _unflatten_dense_tensors
 from engine.config import UserError
 
 TIMEOUT = datetime.timedelta(minutes=10)  # longer than any process lets the others wait
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds, or max, and the period
 _store = None  # the job's key-value store; it outlives a single process
 
 
@@ -40,6 +42,19 @@ def rank():
 def world():
     """Return the world size."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def loader_workers(asked):
+    """Return the number of DataLoader workers of this process; "auto" is its share of the cores.
+
+    It is at most 8: a GPU's steps use up what 3 cores load (docs/performance.md).
+    """
+    if asked != "auto":
+        return asked
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if CPU_QUOTA.is_file() and (quota := CPU_QUOTA.read_text().split())[0] != "max":
+        cores = min(cores, int(quota[0]) // int(quota[1]))
+    return min(max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1), 8)
 
 
 def is_first_to_end():

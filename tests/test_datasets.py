@@ -10,8 +10,10 @@ from conftest import CLASSES, IDS, SIZE, paletted_png, picture, save
 
 import datasets
 from datasets import Aligned, Crops, Images, Whole, list_images
+from engine import processes
 from engine.config import UserError
 from engine.images import image_writer, read_image, read_label, resize, write_image
+from engine.processes import loader_workers
 from engine.run import Run
 
 
@@ -264,6 +266,18 @@ def test_the_number_of_loader_processes_changes_nothing(config, workers):
         for slot in range(2):
             for key, value in expected[2 * step + slot].items():
                 assert np.array_equal(batch[key][slot], value)
+
+
+def test_loader_processes_follow_from_the_cores(monkeypatch, tmp_path):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)), raising=False)
+    monkeypatch.setattr(processes, "CPU_QUOTA", tmp_path / "cpu.max")
+    assert [loader_workers(asked) for asked in (0, 3, "auto")] == [0, 3, 8]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert loader_workers("auto") == 4
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    for quota, workers in (("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1)):
+        (tmp_path / "cpu.max").write_text(quota + "\n")
+        assert loader_workers("auto") == workers
 
 
 def test_every_image_once_an_epoch(config):

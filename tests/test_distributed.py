@@ -375,12 +375,12 @@ def test_an_error_is_told_once(stages, dataset):
 def test_an_error_in_one_process_ends_all(stages, dataset):
     """A broken image, which only the process that draws it meets."""
     ok(stages(1, "translate_cyclegan"))
-    (dataset / "runs/test/translated/00003.png").write_bytes(b"no image")
+    (dataset / "runs/test/translated/00003.jpg").write_bytes(b"no image")
     started = time.monotonic()
     codes, _, err = stages(2, "warmup", "workers=1")
     assert sorted(codes) == [1, 2], err
     assert len(err.splitlines()) == 1, err
-    assert "00003.png: is broken" in err
+    assert "00003.jpg: is broken" in err
     assert time.monotonic() - started < 60
 
 

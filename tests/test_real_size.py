@@ -255,7 +255,7 @@ def test_translated_images_have_the_names_and_sizes_of_the_source(shipped):
     originals = shipped.world / source.root / {"synthia": "RGB"}.get(source.layout, "images")
     assert names(translated) == names(originals)
     for path in originals.iterdir():
-        assert shape(translated / path.name) == shape(path)
+        assert shape(translated / f"{path.stem}.jpg") == shape(path)
 
 
 def test_pseudo_labels_have_the_names_and_sizes_of_the_target_and_hold_classes(shipped):

@@ -397,8 +397,8 @@ def test_the_authors_translator(world, run):
         ours = load_generator(folder)(image)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
     ok(run("translate_cyclegan", f"translation.weights={folder}"))
-    written = images.read_image(world / "runs/test/translated/00002.png")
-    assert np.abs(written - expected[0].permute(1, 2, 0).numpy() * 255).max() < 1
+    written = images.read_image(world / "runs/test/translated/00002.jpg")
+    assert np.abs(written - expected[0].permute(1, 2, 0).numpy() * 255).mean() < 4
     shutil.copy(folder / "enc_s.pth", folder / "dec_s2t.pth")
     code, _, err = run("translate_cyclegan", f"translation.weights={folder}", "--force")
     assert (code, "dec_s2t.pth: lacks" in err) == (2, True)

@@ -109,7 +109,7 @@ def warmed_up(run):
 
 
 def views(cfg, stage, source, folder):
-    translated = lambda i: read_image(folder / "translated" / source.names[i])  # noqa: E731
+    translated = lambda i: read_image(folder / f"translated/{i:05d}.jpg")  # noqa: E731
     crops = Crops(cfg, stage, "source", source, [1, 1], 2, translated=translated)
     samples = [crops[0], crops[1]]
     x_s, y_s, draws = (as_batch(samples, name) for name in ("image", "label", "draws"))

@@ -7,32 +7,39 @@ Both sides of a ratio take turns in one process. Prints the medians and writes t
 """
 
 import functools
-import itertools
 import json
 import multiprocessing
 import statistics
 import tempfile
+import time
+from pathlib import Path
 
 import cv2
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 import selftrain
 import translate_cyclegan
 import warmup
-from datasets import Crops, Images, Whole, translated_images
+from datasets import Aligned, Crops, Images, Whole, translated_images
 from engine.command import arguments, command
 from engine.config import UserError, plain
 from engine.device import environment, memory_gb
 from engine.files import write_text
+from engine.images import keep_freed_memory, read_label
 from engine.run import Run
 from losses import Centroids, upsample
 from metrics import at_scales, predictions
 from models import ema_update, load_segmenter, make_teacher
 from settings import checked, classes, load_config
+from tools.pack import pack
 from tools.timed import Timed, bare_networks, make_files, times, train, warmed_up
 from translate_cyclegan import Generator
+
+GPU_STEP = {"warmup": 0.094, "selftrain": 0.140}  # seconds of a step of config.yaml on a GPU
 
 
 def main():
@@ -97,21 +104,51 @@ def measure_selftrain(cfg, steps):
 
 
 def measure_loader(cfg, steps):
-    """Time a training sample against decoding its files."""
-    source = Images(cfg, "source", labelled=True)
+    """Time a sample of the warm-up and one of self-training against decoding their files.
+
+    In core-seconds. cores: how many load the batches of a GPU whose step takes GPU_STEP.
+    """
+    source, target = Images(cfg, "source", labelled=True), Images(cfg, "target", labelled=False)
+    pseudo = Aligned(f"{cfg.output}/target/pseudo", target.names, read_label, "")
+    translated = translated_images(cfg, source)
     batch = [0] * (len(cfg.source.sizes) - 1) + [1]
-    beside = {"translated": translated_images(cfg, source)}
-    crops = Crops(cfg, "bench", "source", source, batch, 10**6, **beside)
-    ours, bare = itertools.count(), itertools.count()
+    of_source = Crops(cfg, "bench", "source", source, batch, 10**6, translated=translated)
+    of_target = Crops(cfg, "bench", "target", target, batch, 10**6, pseudo=pseudo)
 
-    def decode():
-        i = crops._index(next(bare))
-        image, label = str(source.folder / source.names[i]), str(source.label_paths[i])
-        cv2.imread(image)
-        cv2.imread(label, cv2.IMREAD_UNCHANGED)
-        cv2.imread(image)  # in the place of the translated image
+    def decode(crops, n):
+        i = crops._index(n)
+        cv2.imread(str(crops.images.folder / crops.images.names[i]))
+        if crops is of_target:
+            cv2.imread(str(pseudo.paths[i]), cv2.IMREAD_UNCHANGED)
+        else:
+            cv2.imread(str(translated.paths[i]))
+            np.array(Image.open(source.label_paths[i]))
 
-    return alternate(torch.device("cpu"), 5 * steps, lambda: crops[next(ours)], decode)
+    keep_freed_memory()  # as in a DataLoader worker
+    calls = [crops.__getitem__ for crops in (of_source, of_target)]
+    calls += [functools.partial(decode, crops) for crops in (of_source, of_target)]
+    seconds = [[] for _ in calls]
+    for n in range(5 * steps + 2):
+        for call, kept in zip(calls, seconds, strict=True):
+            started = time.process_time()
+            call(n)
+            kept.append(time.process_time() - started)
+    ours, ours_target, bare, bare_target = (statistics.median(kept[2:]) for kept in seconds)
+    both, bare_both = ours + ours_target, bare + bare_target
+    figures = {"seconds": ours, "bare": bare, "ratio": ours / bare}
+    figures["cores"] = ours * sum(cfg.warmup.batch) / GPU_STEP["warmup"]
+    figures |= {"selftrain": both, "selftrain_bare": bare_both, "selftrain_ratio": both / bare_both}
+    figures["selftrain_cores"] = both * sum(cfg.selftrain.batch) / GPU_STEP["selftrain"]
+    return figures
+
+
+def measure_packed(cfg, steps):
+    """Time the same samples from the files that tools.pack writes."""
+    roots = {domain: Path(cfg.output) / "packed" / domain for domain in ("source", "target")}
+    for domain, root in roots.items():
+        pack(Images(cfg, domain, labelled=domain == "source"), cfg[domain], root)
+    overrides = [f"{domain}.root={root}" for domain, root in roots.items()]
+    return measure_loader(checked(cfg, overrides, "bench"), steps)
 
 
 def measure_evaluate(cfg, steps):

@@ -127,7 +127,7 @@ def attempt(measure, found):
         measure(found)
     except Exception as error:  # whatever it is, the other rows can still be measured
         found["note"] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
-    signals.noted_until_the_step_ends(False)
+    signals.handle(signals.stop, signals.stop)  # a step that failed has left its own
     torch.compiler.reset()
     gc.collect()
     torch.cuda.empty_cache()

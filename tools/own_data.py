@@ -77,7 +77,7 @@ def write_config(source, target, path):
     smallest = np.minimum(sizes["source"][0], sizes["target"][0])
     values = {"path": path, "base": os.path.relpath(ROOT / "config.yaml", path.parent)}
     values |= {"shares": shares, "colours": colours, "sizes": sizes}
-    values |= {"gpu": torch.cuda.is_available(), "workers": min(os.cpu_count(), 8)}
+    values["gpu"] = torch.cuda.is_available()
     values["crop"] = (smallest * 5 // 6 // 16 * 16).tolist()
     values["translation_crop"] = np.maximum(smallest // 2 // 4 * 4, 32).tolist()
     render(path, "own_data.yaml.jinja", **found, **values)

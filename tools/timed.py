@@ -2,16 +2,18 @@
 
 import itertools
 import time
+from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 
 import selftrain
 import translate_cyclegan
 import warmup
 from datasets import Images
-from engine.images import image_writer
+from engine.images import threads, write_image
 from engine.run import Run
 from losses import supervised_loss, symmetric_distillation
 from models import build_segmenter
@@ -159,23 +161,53 @@ def bare_step(run, state):
 
 
 def make_files(cfg, folder, count=4):
-    """Write `count` random images and labels of each domain; return overrides that use them."""
-    rng, full = np.random.default_rng(0), cfg.target.sizes[-1]
+    """Write `count` images and labels of each domain; return overrides that use them.
+
+    Source images are PNGs with filters at level 6, labels paletted, as in GTA5.
+    """
+    full, folder = cfg.target.sizes[-1], Path(folder)
     sizes = {"source": cfg.source.sizes[-1], "target": full, "val": cfg.val.size or full}
-    with image_writer() as write:
-        for (domain, size), i in itertools.product(sizes.items(), range(count)):
-            coarse = rng.integers(0, len(classes(cfg)), (12, 20)).astype(np.uint8)
-            label = cv2.resize(coarse, size[::-1], interpolation=cv2.INTER_NEAREST)
-            shades = cv2.resize(rng.integers(0, 256, (60, 100, 3)).astype(np.uint8), size[::-1])
-            noise = rng.integers(0, 12, (*size, 3)).astype(np.uint8)
-            write(f"{folder}/{domain}/images/{i}.png", cv2.add(shades, noise))
-            write(f"{folder}/{domain}/labels/{i}.png", label)
-    overrides = [f"output={folder}", f"translation.images={folder}/source/images"]
+
+    def make(job):
+        (domain, size), i = job
+        image, label = scene(np.random.default_rng(i), size, len(classes(cfg)))
+        Image.fromarray(image).save(folder / domain / f"images/{i}.png")
+        paletted = Image.frombytes("P", size[::-1], label.tobytes())
+        paletted.putpalette([*range(256)] * 3)
+        paletted.save(folder / domain / f"labels/{i}.png")
+        write_image(folder / domain / f"translated/{i}.jpg", image)
+        write_image(folder / domain / f"pseudo/{i}.png", label)
+
+    for domain, kind in itertools.product(sizes, ("images", "labels")):
+        (folder / domain / kind).mkdir(parents=True, exist_ok=True)
+    list(threads.map(make, itertools.product(sizes.items(), range(count))))
+    overrides = [f"output={folder}", f"translation.images={folder}/source/translated"]
     for domain in sizes:
         keys = (f"root={folder}/{domain}", "layout=folder", "split=null", "ids=index", "list=null")
         overrides += [f"{domain}.{key}" for key in keys]
     run = "name=bench bn_images=1 val_every=0 workers=0 model.weights=null"
     return [*overrides, *run.split(), "selftrain.diagnose=false", "selftrain.rounds=1"]
+
+
+def scene(rng, size, count):
+    """Return an image of discs that hide each other and its label of `count` classes, uint8.
+
+    Disc sizes follow r^-3. Spectrum and edges are then those of photographs ("dead leaves"), and
+    so is the time to decode the image, unlike that of noise.
+    """
+    label, image = np.zeros(size, np.uint8), np.full((*size, 3), 128, np.uint8)
+    discs = size[0] * size[1] // 100
+    radius = 1.5 / np.sqrt(np.maximum(rng.random(discs), (6 / size[0]) ** 2))
+    kind, centre = rng.integers(0, count, discs), rng.integers(0, size[::-1], (discs, 2))
+    colour = rng.integers(40, 216, (count, 1))[kind] + rng.normal(0, 25, (discs, 1))
+    colour = np.clip(colour + rng.normal(0, 8, (discs, 3)), 0, 255)
+    discs = zip(centre.tolist(), radius.tolist(), colour.tolist(), kind.tolist(), strict=True)
+    for at, r, shade, k in discs:
+        cv2.circle(image, at, max(round(r), 1), shade, cv2.FILLED)
+        if r > size[0] / 60:
+            cv2.circle(label, at, round(r), k, cv2.FILLED)
+    image = cv2.GaussianBlur(image, (0, 0), 0.8) + rng.normal(0, 0.8, image.shape)
+    return np.clip(image, 0, 255).astype(np.uint8), label
 
 
 def warmed_up(cfg):
