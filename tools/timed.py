@@ -77,7 +77,8 @@ class Measured(Timed):
         self.found["GiB allocated"] = torch.cuda.max_memory_allocated() / 2**30
         self.found["GiB reserved"] = torch.cuda.max_memory_reserved() / 2**30
         yield from self.measured("step ms", Run.steps(self, batches, first, total, state))
-        self.found["images/s"] = 1000 * batches.batch_size * self.parts / self.found["step ms"]
+        images = sum(self.cfg[self.section].batch)
+        self.found["images/s"] = 1000 * images / self.found["step ms"]
         if "teacher" in state:
             bare = bare_step(self, state)
             for _ in self.measured("bare ms", range(total)):
