@@ -33,6 +33,8 @@ def main():
     parser.add_argument("--force", action="store_true", help="replace an earlier result")
     args = parser.parse_intermixed_args()
     cfg = load_config(args.cfg, args.overrides)
+    # what the networks of later stages need for their memory, CycleGAN's batch of 1 cannot do
+    cfg.accumulate = min(cfg.accumulate, sum(cfg.translation.batch))
     run = Run(cfg, "translator", "translation")
     options = cfg.translation
     source = Images(cfg, "source", labelled=options.images is None and options.weights is None)
