@@ -165,7 +165,11 @@ def build_optimizer(model, name, lr_backbone, lr_head, momentum, weight_decay, *
         groups.append({"params": parameters, "lr": rate, "base_lr": rate})
     if name == "adamw":
         return AdamW(groups, weight_decay=weight_decay, fused=True)
-    return torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay, fused=True)
+    sgd = torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay, fused=True)
+    if momentum:  # where fp16 skips the first step, PyTorch would leave these uninitialised
+        for _, p in trained:
+            sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return sgd
 
 
 def poly_lr(base, step, total, power):

@@ -225,3 +225,24 @@ def test_adamw_in_the_order_of_memory_is_torchs():
         return parameters + [optimizer.state[p]["exp_avg_sq"] for p in parameters]
 
     assert all(map(torch.equal, trained(models.AdamW), trained(torch.optim.AdamW)))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_first_step_that_fp16_skips_leaves_no_trace(name):
+    options = {"lr_backbone": 0.1, "lr_head": 0.1, "momentum": 0.9, "weight_decay": 0.01}
+    found = []
+    for skipped in (True, False):
+        model = segmenter("mobilenet_v2")
+        # what an earlier tensor leaves in memory that is not initialised
+        garbage = [torch.full_like(p, float("nan")) for p in model.parameters()]
+        optimizer = models.build_optimizer(model, name, **options)
+        scaler = torch.amp.GradScaler("cpu")
+        del garbage
+        for gradient in [float("inf")] * skipped + [1.0, -0.5]:
+            for p in model.parameters():
+                p.grad = torch.full_like(p, gradient) * scaler.scale(torch.ones(()))
+            scaler.step(optimizer)
+            scaler.update()
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.isfinite(found[0]).all()
+    torch.testing.assert_close(*found, rtol=0, atol=0)
