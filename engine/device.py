@@ -1,5 +1,6 @@
 """The device and the precision of a run, compiled networks, hardware and memory."""
 
+import contextlib
 import copy
 import json
 import os
@@ -20,6 +21,7 @@ from torch import nn
 from engine.config import UserError, one_line
 from engine.processes import rank, world
 
+COMPILED_FROM = 10_000  # steps; on an H100, compilation took as long as 1,000 steps without it
 MEASURED = Path(__file__).parent.parent / "gpu.json"  # what tools/gpu_hour.py leaves
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -59,23 +61,23 @@ def fetch(batch, device):
     return batch.movedim(-1, -3).float().div_(255) if batch.shape[-1] == 3 else batch.long()
 
 
-def compilation_pays(device):
-    """Return the decision of "auto": never on a CPU; on a GPU, unless gpu.json speaks against it.
+def compilation_pays(device, steps):
+    """Return the decision of "auto" for a stage of so many steps: never on a CPU.
 
-    gpu.json lies in the repository's root and holds for GPUs of the same name.
+    gpu.json, in the repository's root, says from how many steps on it pays on a GPU of its name.
     """
     if device.type == "cpu":
         return False
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         gpu = json.loads(MEASURED.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return True
-    return gpu["compile"] is not False or gpu["device"] != torch.cuda.get_device_name(device)
+        if gpu["device"] == torch.cuda.get_device_name(device):
+            return steps >= gpu["compile_from_steps"]
+    return steps >= COMPILED_FROM
 
 
-def compiled(network, wanted, device):
-    """Return the network, compiled if `wanted` is True, or "auto" and it pays."""
-    if wanted is False or (wanted == "auto" and not compilation_pays(device)):
+def compiled(network, wanted, device, steps):
+    """Return the network, compiled if `wanted` is True, or "auto" and it pays in so many steps."""
+    if wanted is False or (wanted == "auto" and not compilation_pays(device, steps)):
         return network
     if isinstance(network, nn.Sequential):
         return Compiled(network, wanted == "auto")

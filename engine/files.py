@@ -48,7 +48,9 @@ def load_tensors(path):
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such file of weights") from error
     except Exception as error:  # a dozen types, depending on what the file is instead
-        raise UserError(f"{path}: not a file of tensors that is safe to load ({one_line(error)})") from error
+        raise UserError(
+            f"{path}: not a file of tensors that is safe to load ({one_line(error)})"
+        ) from error
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a state dict")
     return state

@@ -51,7 +51,8 @@ class Run:
 
     def compiled(self, network):
         """Return the network for forward passes in the steps, compiled as cfg.compile says."""
-        return device.compiled(network, self.cfg.compile, self.device)
+        steps = self.cfg[self.section].steps
+        return device.compiled(network, self.cfg.compile, self.device, steps)
 
     def parallel(self, network):
         """Return the trained network for the steps; its gradients are averaged over processes."""

@@ -42,7 +42,7 @@ from engine.images import read_image, read_label, write_image
 from engine.run import Run
 from engine.signals import Stopped
 from settings import load_config
-from tools import bench, make_demo_data
+from tools import bench, gpu_hour, make_demo_data
 from translate_cyclegan import Generator
 
 STAGES = ["source_only", "warmup", "selftrain_round1", "selftrain", "oracle"]
@@ -496,21 +496,39 @@ def test_a_backbone_with_a_rate_of_zero_stands_still(dataset, run):
 
 
 @pytest.mark.parametrize(
-    ("gpu", "pays"),
+    ("gpu", "least"),
     [
-        (None, True),
-        ({"device": "A", "compile": False}, False),
-        ({"device": "A", "compile": None}, True),
-        ({"device": "B", "compile": False}, True),
+        (None, 10_000),
+        ({"device": "A", "compile_from_steps": 700}, 700),
+        ({"device": "A", "compile_from_steps": None}, 10_000),
+        ({"device": "B", "compile_from_steps": 700}, 10_000),
+        ({}, 10_000),
     ],
 )
-def test_a_measurement_decides_whether_to_compile(tmp_path, monkeypatch, gpu, pays):
+def test_a_measurement_decides_whether_to_compile(tmp_path, monkeypatch, gpu, least):
     monkeypatch.setattr(devices, "MEASURED", tmp_path / "gpu.json")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A")
-    if gpu:
+    if gpu is not None:
         devices.MEASURED.write_text(json.dumps(gpu))
-    assert devices.compilation_pays(torch.device("cuda")) == pays
-    assert not devices.compilation_pays(torch.device("cpu"))
+    assert devices.compilation_pays(torch.device("cuda"), least)
+    assert not devices.compilation_pays(torch.device("cuda"), least - 1)
+    assert not devices.compilation_pays(torch.device("cpu"), 10**6)
+
+
+def test_the_measurement_says_from_how_many_steps_on_compilation_pays():
+    rows = {
+        f"config.yaml {stage} bf16 {mode}": {"first step s": first, "resident ms": ms}
+        for stage, mode, first, ms in (
+            ("warmup", "eager", 20, 125),
+            ("warmup", "compiled", 120, 100),
+            ("selftrain", "eager", 10, 175),
+            ("selftrain", "compiled", 110, 165),
+        )
+    }
+    assert gpu_hour.compile_from_steps(rows) == 10_000  # 100 s / 10 ms
+    rows["config.yaml warmup bf16 compiled"]["resident ms"] = 126
+    assert gpu_hour.compile_from_steps(rows) == gpu_hour.NEVER
+    assert gpu_hour.compile_from_steps({}) is None
 
 
 @pytest.mark.parametrize("falls_back", [True, False])
