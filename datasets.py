@@ -14,7 +14,7 @@ from augment import DRAWS
 from engine import signals
 from engine.config import Config, UserError
 from engine.images import keep_freed_memory, read_image, read_label, resize, threads
-from engine.processes import loader_workers, rank, world
+from engine.processes import decided_by_first, loader_workers, rank, world
 from settings import classes, label_values
 
 IGNORED, NO_CLASS = 255, 254
@@ -234,6 +234,35 @@ def translated_images(cfg, source):
 # ---------------------------------------------------------------- samples
 
 
+class RareClasses:
+    """Rare-class sampling (DAFormer, CVPR 2022): class k with P(k) = softmax_k((1 - f_k) / T).
+
+    f_k: the share of the class in the labelled pixels of `images`. An image is then drawn in which
+    the class has at least LEAST of the pixels, or where no image has, one that has the most.
+    """
+
+    LEAST = 0.0015
+
+    def __init__(self, images, num_classes, temperature):
+        def shares(i):
+            values = read_label(images.label_paths[i], images.red_only)
+            pixels = np.bincount(images.to_classes(values, i).ravel(), minlength=256)
+            return pixels[:num_classes] / pixels.sum()
+
+        everywhere = decided_by_first(lambda: list(threads.map(shares, range(len(images)))))
+        everywhere = np.stack(everywhere)
+        frequency = everywhere.sum(0) / max(everywhere.sum(), 1e-12)
+        chance = np.exp((1 - frequency) / temperature) * (frequency > 0)
+        self.chance = chance / chance.sum()
+        least = np.minimum(everywhere.max(0), self.LEAST)
+        self.images_of = [np.flatnonzero(of_class) for of_class in (everywhere >= least).T]
+
+    def draw(self, rng):
+        """Return an image's number and the class that it was chosen for."""
+        k = int(rng.choice(len(self.chance), p=self.chance))
+        return int(rng.choice(self.images_of[k])), k
+
+
 class Crops(Dataset):
     """Random crops for training. Sample n is a pure function of (seed, stage, n).
 
@@ -242,14 +271,17 @@ class Crops(Dataset):
     [cfg.min_scale, 1], not below the crop. A labelled crop is drawn again, up to 5 times, while one
     class fills more than cfg.max_class_share of it. Flipped with probability 0.5.
 
+    rare: above 0, the temperature of RareClasses, which then choose the images. A crop is drawn
+    again, too, while less than half of LEAST of it is of the class that its image was chosen for.
     images: Images. crop: (H, W), by default cfg.crop. beside: name -> function(i) that reads
     another array (H, W[, 3]) of image i, which gets the same geometry.
     A sample: image (H, W, 3); label (H, W) if the images are labelled; what is beside, all uint8;
     draws (DRAWS,) float32 in [0, 1).
     """
 
-    def __init__(self, cfg, stage, domain, images, batch, steps, crop=None, **beside):
+    def __init__(self, cfg, stage, domain, images, batch, steps, crop=None, rare=0, **beside):
         self.images, self.crop = images, crop or cfg.crop
+        self.rare = RareClasses(images, len(classes(cfg)), rare) if rare else None
         self.beside, self.steps = beside, steps
         self.sizes = np.repeat(cfg[domain].sizes, batch, axis=0)
         self.min_scale, self.max_class_share = cfg.min_scale, cfg.max_class_share
@@ -272,7 +304,7 @@ class Crops(Dataset):
 
     def __getitem__(self, n):
         rng = np.random.default_rng([*self.seed, 1, n])
-        i = self._index(n)
+        i, k = self.rare.draw(rng) if self.rare else (self._index(n), None)
         image = self.images.image(i)
         values = self.images.label_values(i, image) if self.images.labelled else None
         beside = {name: read(i) for name, read in self.beside.items()}
@@ -291,7 +323,8 @@ class Crops(Dataset):
                 break
             label = self.images.to_classes(resize(values[window], self.crop, labels=True), i)
             pixels = cv2.calcHist([label], [0], None, [256], [0, 256])  # of each class
-            if pixels.max() <= self.max_class_share * label.size:
+            enough = k is None or pixels[k] >= self.rare.LEAST / 2 * label.size
+            if enough and pixels.max() <= self.max_class_share * label.size:
                 break
         sample = {"image": resize(image[window], self.crop)}
         if values is not None:

@@ -64,7 +64,9 @@ def train(run, init, folder):
     target = Images(cfg, "target", labelled=False)
     beside = {"translated": translated_images(cfg, source)} if options.crdomix else {}
     size = part_size(cfg, "selftrain")
-    source_crops = Crops(cfg, run.stage, "source", source, options.batch, total, **beside)
+    source_crops = Crops(
+        cfg, run.stage, "source", source, options.batch, total, rare=cfg.rare_classes, **beside
+    )
     recalibration = RecalibrationImages(run, options.batch)
     val = Images(cfg, "val", labelled=True) if cfg.val_every else None
     truth = {"truth": Images(cfg, "target", labelled=True).label} if options.diagnose else {}

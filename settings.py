@@ -127,6 +127,7 @@ SCHEMA = {
     "crop": SIZE,
     "min_scale": number(0.01, 1),
     "max_class_share": number(0.01, 1),
+    "rare_classes": number(0, 100),
     "model": {
         "network": either(
             choice(*NETWORKS), pattern("smp/ARCHITECTURE/ENCODER", r"smp/\w+/[\w.-]+")

@@ -44,7 +44,9 @@ def train(run):
     beside = {"translated": translated_images(cfg, source)} if options.crdomix else {}
     size = part_size(cfg, "warmup")
     domain = options.labels_from
-    source_crops = Crops(cfg, run.stage, domain, source, options.batch, total, **beside)
+    source_crops = Crops(
+        cfg, run.stage, domain, source, options.batch, total, rare=cfg.rare_classes, **beside
+    )
     recalibration = RecalibrationImages(run, options.batch)
     val = Images(cfg, "val", labelled=True) if cfg.val_every else None
 
