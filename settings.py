@@ -1,5 +1,6 @@
 """The keys of a configuration, what each may be and what must agree; classes, label values."""
 
+import math
 from pathlib import Path
 
 from engine import config
@@ -10,11 +11,13 @@ from engine.config import (
     NULL,
     TEXT,
     choice,
+    distinct,
     either,
     integer,
     mapping,
     multiple_of,
     number,
+    one_line,
     pattern,
     require,
     sequence,
@@ -107,7 +110,8 @@ TRAINING = {
 }
 NETWORKS = ("deeplab_v2_resnet101", "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2")
 STAGES = ("demo_data", "translate", "source_only", "warmup", "selftrain", "oracle")
-COLOURS = mapping(TEXT, sequence(integer(0, 255), 3, 3), low=2)
+# label maps have 8 bits, and 255 is ignored
+COLOURS = distinct(mapping(TEXT, sequence(integer(0, 255), 3, 3), 2, 254))
 
 SCHEMA = {
     "name": NAME,
@@ -119,7 +123,7 @@ SCHEMA = {
     "compile": choice("auto", True, False),
     "workers": either(choice("auto"), integer(0, 256)),
     "accumulate": integer(1, 4096),
-    "classes": either(choice("cityscapes"), sequence(choice(*CITYSCAPES), 2), COLOURS),
+    "classes": either(choice("cityscapes"), distinct(sequence(choice(*CITYSCAPES), 2)), COLOURS),
     "source": _dataset(sizes=sequence(SIZE, 1)),
     "target": _dataset(sizes=sequence(SIZE, 1)),
     "val": _dataset(size=either(SIZE, NULL)) | {"root": either(TEXT, NULL)},
@@ -219,9 +223,7 @@ def checked(tree, overrides, origin):
 
 def _check_classes(cfg, origin):
     names = classes(cfg)
-    known = f"name one of the classes: {', '.join(names)}"
-    limit = "be at most 254: label maps have 8 bits, 255 is ignored"
-    require(len(names) <= 254, origin, "classes", f"{len(names)} of them", limit)
+    known = f"name one of the classes: {one_line(', '.join(names))}"
     datasets = {key: cfg[key] for key in ("source", "target", "val")}
     datasets |= {f"more_val.{key}": spec for key, spec in cfg.more_val.items()}
     for domain, spec in datasets.items():
@@ -245,6 +247,8 @@ def _check_sizes(cfg, origin):
         require(sum(batch) > 0, origin, f"{section}.batch", batch, "hold at least one image")
         for domain in domains:
             sizes = cfg[domain].sizes
+            rises = sizes == sorted(sizes, key=math.prod)
+            require(rises, origin, f"{domain}.sizes", sizes, "be in ascending order")
             count = f"have one count for each of {domain}.sizes {sizes}"
             require(len(batch) == len(sizes), origin, f"{section}.batch", batch, count)
             fits = all(c <= s for size in sizes for c, s in zip(crop, size, strict=True))

@@ -6,6 +6,7 @@ A rule is a pair: what is expected, in words; the test of a value.
 
 import difflib
 import re
+import reprlib
 from pathlib import Path
 
 import yaml
@@ -50,12 +51,21 @@ def sequence(rule, low=0, high=10**6):
     return words, lambda v: isinstance(v, list) and low <= len(v) <= high and all(map(rule[1], v))
 
 
-def mapping(key, value, low=1):
+def mapping(key, value, low=1, high=10**6):
     def test(tree):
-        right = isinstance(tree, dict) and len(tree) >= low
+        right = isinstance(tree, dict) and low <= len(tree) <= high
         return right and all(map(key[1], tree)) and all(map(value[1], tree.values()))
 
-    return f"a mapping from {key[0]} to {value[0]}", test
+    return f"a mapping of {low} to {high}, each from {key[0]} to {value[0]}", test
+
+
+def distinct(rule):
+    """Return a rule for a list or a mapping, with the condition that no two values are equal."""
+
+    def test(v):
+        return rule[1](v) and len(set(map(str, v.values() if isinstance(v, dict) else v))) == len(v)
+
+    return f"{rule[0]}, no two of them equal", test
 
 
 def either(*rules):
@@ -74,7 +84,10 @@ ANY = "*"  # as a key of a schema: any name
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-    """Safe YAML loader that reads 1e-4 as a number (YAML 1.2) and refuses duplicate keys."""
+    """Safe loader of YAML 1.2's core schema, without merge keys; it refuses duplicate keys.
+
+    YAML 1.1, which PyYAML reads, takes `no` for false, 010 for 8, 1:30 for 90 and 1_000 for 1000.
+    """
 
     def construct_mapping(self, node, deep=False):
         pairs = super().construct_mapping(node, deep=True)
@@ -83,27 +96,44 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         return pairs
 
 
-FLOAT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
+CORE = {
+    "null": r"(null|Null|NULL|~|)$",
+    "bool": r"(true|True|TRUE|false|False|FALSE)$",
+    "int": r"([-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$",
+    "float": r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$",
+}
+_tags = [(f"tag:yaml.org,2002:{tag}", re.compile(words)) for tag, words in CORE.items()]
+_Loader.yaml_implicit_resolvers = {None: _tags}
+_base = {"0o": 8, "0x": 16}
+_Loader.add_constructor(_tags[2][0], lambda _, x: int(x.value, _base.get(x.value[:2], 10)))
 
 
 def read(path):
     """Return the mapping in a YAML file. Raises UserError."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)}); see --cfg") from error
-    tree = _parse(text, path)
+    tree = _parse(read_text(path, "see --cfg", 2**20), path)
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a configuration maps keys to values; see config.yaml")
     return tree
+
+
+def read_text(path, remedy, limit):
+    """Return the UTF-8 text of a file of at most `limit` characters. Raises UserError."""
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            text = file.read(limit + 1)
+        if len(text) > limit:
+            raise ValueError(f"it has more than {limit} characters")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); {remedy}") from error
+    return text
 
 
 def read_with_base(path, schema):
     """Return a file's mapping on top of the file that its `base:` names. Raises UserError."""
     tree, base = read(path), {}
     if "base" in tree:
-        base_path = Path(path).parent / str(tree.pop("base"))
+        require(TEXT[1](tree["base"]), path, "base", tree["base"], "be a path")
+        base_path = Path(path).parent / tree.pop("base")
         base = read(base_path)
         if "base" in base:
             raise UserError(f"{base_path}: is a base and names a base itself; one level is read")
@@ -142,8 +172,12 @@ def _parse(text, origin):
 
 def one_line(value):
     """Return a value's text on one line of at most 120 characters."""
-    text = " ".join(str(value).split())
+    text = " ".join(str(value)[:10000].split())
     return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+_brief = reprlib.Repr()  # of bounded work: a few lines of YAML make values of a billion parts
+_brief.maxlevel, _brief.maxlist, _brief.maxdict, _brief.maxstring = 4, 9, 9, 120
 
 
 def check(tree, schema, origin, prefix="", whole=None):
@@ -156,7 +190,8 @@ def check(tree, schema, origin, prefix="", whole=None):
         schema = {key if NAME[1](key) else ANY: schema[ANY] for key in tree}
     for key, value in tree.items():
         if key not in schema:
-            found, known = one_line(f"{prefix}{key} = {value!r}"), nearest(f"{prefix}{key}", whole)
+            name = f"{prefix}{one_line(key)}"
+            found, known = one_line(f"{name} = {_brief.repr(value)}"), nearest(name, whole)
             raise UserError(f"{origin}: unknown key {found}; the nearest is {known}")
     for key, rule in schema.items():
         name, value = f"{prefix}{key}", tree.get(key)
@@ -191,4 +226,4 @@ def nearest(name, schema):
 def require(holds, origin, key, value, must):
     """Raise UserError unless a condition between keys holds."""
     if not holds:
-        raise UserError(f"{origin}: {key} = {one_line(repr(value))} must {must}")
+        raise UserError(f"{origin}: {key} = {one_line(_brief.repr(value))} must {must}")
