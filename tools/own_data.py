@@ -18,7 +18,7 @@ import torch
 from datasets import IGNORED, LAYOUTS, Images, list_images
 from engine.command import arguments, command
 from engine.config import UserError
-from engine.images import legend, paint, read_image, read_label, resize, threads, write_image
+from engine.images import paint, read_image, read_label, resize, threads, write_image
 from engine.loop import progress
 from settings import classes, load_config
 from tools.templates import render
@@ -211,6 +211,19 @@ def contact_sheet(images, colours, shown):
     if images.labelled:
         rows.append(legend(colours, rows[0].shape[1]))
     return np.vstack(rows)
+
+
+def legend(colours, width, cell=150):
+    """Return a picture of the classes' colours with their names, (H, width, 3) uint8."""
+    across = max(width // cell, 1)
+    entries = [*colours.items(), ("ignored", (0, 0, 0))]
+    picture = np.full((24 * -(-len(entries) // across), width, 3), 255, np.uint8)
+    font = (cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
+    for k, (name, colour) in enumerate(entries):
+        x, y = k % across * cell + 4, k // across * 24 + 4
+        cv2.rectangle(picture, (x, y), (x + 16, y + 16), colour, cv2.FILLED)
+        cv2.putText(picture, name, (x + 22, y + 13), *font)
+    return picture
 
 
 if __name__ == "__main__":
