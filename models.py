@@ -92,6 +92,25 @@ def build_segmenter(network, num_classes, output_stride=8, channels=256, weights
     return model
 
 
+@torch.no_grad()
+def require_sizes(model, cfg, images=0):
+    """Return the model, which is to be trained on crops of `images` at a time (0: to predict).
+
+    Raises UserError where one of the configuration's sizes is too small for it.
+    """
+    shapes, full = copy.deepcopy(model).to("meta"), cfg.val.size or cfg.target.sizes[-1]
+    used = [("crop", cfg.crop, cfg.crop, images)] if images else []
+    for scale in cfg.evaluation.scales:
+        used.append(("evaluation.scales", scale, [max(round(scale * x), 1) for x in full], 0))
+    for key, value, size, count in used:
+        try:
+            shapes.train(count > 0)(torch.zeros(count or 1, 3, *size, device="meta"))
+        except (RuntimeError, ValueError) as error:
+            fault = f"is too small for {count or 1} images in model.network = {cfg.model.network}"
+            raise UserError(f"{key} = {value} {fault}; raise it") from error
+    return model
+
+
 def _smp(name, num_classes, weights):
     """Return encoder, decoder, classifier, and what the sides of images must be multiples of."""
     try:
@@ -262,6 +281,7 @@ def load_exactly(module, state, origin):
     faults = {
         "lacks": own.keys() - state.keys(),
         "has unknown": state.keys() - own.keys(),
+        "is not finite in": [k for k in shapes if not state[k].isfinite().all()],
         "differs in shape:": [f"{k} is {a}, not {b}" for k, (a, b) in shapes.items() if a != b],
     }
     for fault, keys in faults.items():

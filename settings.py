@@ -11,7 +11,6 @@ from engine.config import (
     NULL,
     TEXT,
     choice,
-    distinct,
     either,
     integer,
     mapping,
@@ -110,8 +109,7 @@ TRAINING = {
 }
 NETWORKS = ("deeplab_v2_resnet101", "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2")
 STAGES = ("demo_data", "translate", "source_only", "warmup", "selftrain", "oracle")
-# label maps have 8 bits, and 255 is ignored
-COLOURS = distinct(mapping(TEXT, sequence(integer(0, 255), 3, 3), 2, 254))
+COLOURS = mapping(TEXT, sequence(integer(0, 255), 3, 3), 2, 254)  # 255 is ignored, in 8 bits
 
 SCHEMA = {
     "name": NAME,
@@ -123,7 +121,7 @@ SCHEMA = {
     "compile": choice("auto", True, False),
     "workers": either(choice("auto"), integer(0, 256)),
     "accumulate": integer(1, 4096),
-    "classes": either(choice("cityscapes"), distinct(sequence(choice(*CITYSCAPES), 2)), COLOURS),
+    "classes": either(choice("cityscapes"), sequence(choice(*CITYSCAPES), 2), COLOURS),
     "source": _dataset(sizes=sequence(SIZE, 1)),
     "target": _dataset(sizes=sequence(SIZE, 1)),
     "val": _dataset(size=either(SIZE, NULL)) | {"root": either(TEXT, NULL)},
@@ -223,6 +221,8 @@ def checked(tree, overrides, origin):
 
 def _check_classes(cfg, origin):
     names = classes(cfg)
+    differ = cfg.classes == "cityscapes" or len(set(names.values())) == len(cfg.classes)
+    require(differ, origin, "classes", cfg.classes, "differ in their names and colours")
     known = f"name one of the classes: {one_line(', '.join(names))}"
     datasets = {key: cfg[key] for key in ("source", "target", "val")}
     datasets |= {f"more_val.{key}": spec for key, spec in cfg.more_val.items()}

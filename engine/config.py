@@ -59,15 +59,6 @@ def mapping(key, value, low=1, high=10**6):
     return f"a mapping of {low} to {high}, each from {key[0]} to {value[0]}", test
 
 
-def distinct(rule):
-    """Return a rule for a list or a mapping, with the condition that no two values are equal."""
-
-    def test(v):
-        return rule[1](v) and len(set(map(str, v.values() if isinstance(v, dict) else v))) == len(v)
-
-    return f"{rule[0]}, no two of them equal", test
-
-
 def either(*rules):
     return ", or ".join(words for words, _ in rules), lambda v: any(test(v) for _, test in rules)
 
@@ -81,13 +72,11 @@ FLAG = choice(True, False)
 TEXT = ("text", lambda v: isinstance(v, str) and v == v.strip() != "" and v.isprintable())
 NAME = pattern("a name of letters, digits, - _ .", r"[\w.-]*\w")
 ANY = "*"  # as a key of a schema: any name
+reprlib.aRepr.maxstring = 120  # a few lines of YAML make a value whose repr() would never end
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-    """Safe loader of YAML 1.2's core schema, without merge keys; it refuses duplicate keys.
-
-    YAML 1.1, which PyYAML reads, takes `no` for false, 010 for 8, 1:30 for 90 and 1_000 for 1000.
-    """
+    """Safe loader of YAML 1.2's core schema (1.1 reads 1:30 as 90); refuses duplicate keys."""
 
     def construct_mapping(self, node, deep=False):
         pairs = super().construct_mapping(node, deep=True)
@@ -99,33 +88,27 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
 CORE = {
     "null": r"(null|Null|NULL|~|)$",
     "bool": r"(true|True|TRUE|false|False|FALSE)$",
-    "int": r"([-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$",
-    "float": r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$",
+    "int": r"([-+]?\d+|0o[0-7]+|0x[\da-fA-F]+)$",
+    "float": r"([-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.inf|\.nan)$",
 }
-_tags = [(f"tag:yaml.org,2002:{tag}", re.compile(words)) for tag, words in CORE.items()]
-_Loader.yaml_implicit_resolvers = {None: _tags}
-_base = {"0o": 8, "0x": 16}
-_Loader.add_constructor(_tags[2][0], lambda _, x: int(x.value, _base.get(x.value[:2], 10)))
+_core = [(f"tag:yaml.org,2002:{tag}", re.compile(words, re.A)) for tag, words in CORE.items()]
+_Loader.yaml_implicit_resolvers = {None: _core}
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value, 0))
 
 
 def read(path):
     """Return the mapping in a YAML file. Raises UserError."""
-    tree = _parse(read_text(path, "see --cfg", 2**20), path)
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            text = file.read(2**20)
+        if len(text) == 2**20:
+            raise ValueError("it is longer than a configuration")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); see --cfg") from error
+    tree = _parse(text, path)
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a configuration maps keys to values; see config.yaml")
     return tree
-
-
-def read_text(path, remedy, limit):
-    """Return the UTF-8 text of a file of at most `limit` characters. Raises UserError."""
-    try:
-        with Path(path).open(encoding="utf-8") as file:
-            text = file.read(limit + 1)
-        if len(text) > limit:
-            raise ValueError(f"it has more than {limit} characters")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)}); {remedy}") from error
-    return text
 
 
 def read_with_base(path, schema):
@@ -176,10 +159,6 @@ def one_line(value):
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
-_brief = reprlib.Repr()  # of bounded work: a few lines of YAML make values of a billion parts
-_brief.maxlevel, _brief.maxlist, _brief.maxdict, _brief.maxstring = 4, 9, 9, 120
-
-
 def check(tree, schema, origin, prefix="", whole=None):
     """Return the Config of a tree. Raises UserError unless it fits the schema.
 
@@ -191,7 +170,7 @@ def check(tree, schema, origin, prefix="", whole=None):
     for key, value in tree.items():
         if key not in schema:
             name = f"{prefix}{one_line(key)}"
-            found, known = one_line(f"{name} = {_brief.repr(value)}"), nearest(name, whole)
+            found, known = one_line(f"{name} = {reprlib.repr(value)}"), nearest(name, whole)
             raise UserError(f"{origin}: unknown key {found}; the nearest is {known}")
     for key, rule in schema.items():
         name, value = f"{prefix}{key}", tree.get(key)
@@ -226,4 +205,4 @@ def nearest(name, schema):
 def require(holds, origin, key, value, must):
     """Raise UserError unless a condition between keys holds."""
     if not holds:
-        raise UserError(f"{origin}: {key} = {one_line(_brief.repr(value))} must {must}")
+        raise UserError(f"{origin}: {key} = {one_line(reprlib.repr(value))} must {must}")

@@ -48,10 +48,7 @@ def keep_freed_memory():
 
 
 def read_image(path):
-    """Return an image file as RGB uint8 (H, W, 3), not turned by EXIF, as its label is not.
-
-    Raises UserError for any other file.
-    """
+    """Return an image file as RGB uint8 (H, W, 3), not turned by EXIF. Raises UserError."""
     return _decode(path, _read(path), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
 
 
@@ -63,8 +60,7 @@ def read_label(path, red_only=False):
     data = _read(path)
     png = data.startswith(PNG_SIGNATURE)
     if data.startswith(b"\xff\xd8"):
-        fault = "is a JPEG, whose values change next to edges"
-        raise UserError(f"{path}: {fault}; write the labels as PNG, from the source of this file")
+        raise UserError(f"{path}: is a JPEG, which changes values next to edges; write PNG instead")
     if png and data[25:26] == b"\x03":  # with a palette: OpenCV would return its colours
         return _decode(path, data)
     values = _decode(path, data, cv2.IMREAD_UNCHANGED)
@@ -81,6 +77,8 @@ def read_label(path, red_only=False):
 
 def _read(path):
     try:
+        if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
+            raise UserError(f"{path}: is no regular file; remove it")
         data = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); restore it") from error
@@ -96,10 +94,8 @@ def _decode(path, data, flags=None):
     try:
         if flags is None:
             return np.array(Image.open(io.BytesIO(data)))
-        with _gate:  # closed while another thread's image is in doubt
-            pass
         image, guessed = _imdecode(data, flags)
-        if guessed:  # perhaps another thread's: four more images may end while the gate is closed
+        if guessed:  # or another thread's: they wait here, at most 4
             with _gate:
                 guessed = all(_imdecode(data, flags)[1] for _ in range(6))
     except Exception:  # cv2.error; Pillow raises a dozen types, depending on the damage
@@ -107,6 +103,9 @@ def _decode(path, data, flags=None):
     if image is None or guessed:
         fault = "is damaged inside" if guessed else "is broken, too large, or not an image"
         raise UserError(f"{path}: {fault}; restore the file or remove it")
+    if min(image.shape[:2]) < 8:
+        fault = "is {1}x{0} pixels, too few for a network".format(*image.shape)
+        raise UserError(f"{path}: {fault}; remove it")
     return image
 
 
