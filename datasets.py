@@ -137,9 +137,8 @@ class Images(Folder):
 
     def summary(self, i):
         """Return image i's (H, W), its largest value, and its label's pixels of each class."""
-        image, label = self.image(i), np.arange(256)  # without labels: every class
-        if self.labelled:
-            label = self.to_classes(self.label_values(i, image), i)
+        image = self.image(i)
+        label = self.label(i, image) if self.labelled else np.arange(256)  # none is absent
         return image.shape[:2], image.max(), np.bincount(label.ravel(), minlength=256)
 
     def _judge(self, domain, spec, names, summaries):
@@ -149,7 +148,7 @@ class Images(Folder):
         for h, w in spec.get("sizes", []):
             stretch, swapped = abs(np.log([w / h / width * height, h / w / width * height]))
             must = f"be [height, width]: the images are {size}"
-            require(stretch < swapped + 0.4, domain, "sizes", [h, w], must)
+            require(stretch < swapped + 0.4, self.folder, f"{domain}.sizes", [h, w], must)
         shares, bright = np.sum(counts, axis=0) / np.sum(counts), np.median(bright)
         if shares[IGNORED] == 1:
             fault = "no pixel of its labels belongs to a class"
@@ -170,9 +169,10 @@ class Images(Folder):
         require_same_size(path, values, self.folder / self.names[i], image)
         return values
 
-    def label(self, i):
-        """Return label map i: (H, W) uint8 classes, 255 ignored."""
-        return self.to_classes(self.label_values(i, self.image(i)), i)
+    def label(self, i, image=None):
+        """Return the label map of `image`, image i: (H, W) uint8 classes, 255 ignored."""
+        image = self.image(i) if image is None else image
+        return self.to_classes(self.label_values(i, image), i)
 
     def to_classes(self, values, i):
         """Return the classes of values of label i, or of a part of them."""
@@ -373,7 +373,7 @@ class Whole(Dataset):
             size = [max(round(side * factor), 8) for side in size]
         sample = {"index": i, "shape": image.shape[:2], "image": resize(image, size)}
         if self.images.labelled:
-            sample["label"] = self.images.to_classes(self.images.label_values(i, image), i)
+            sample["label"] = self.images.label(i, image)
         return sample
 
 

@@ -94,20 +94,19 @@ def build_segmenter(network, num_classes, output_stride=8, channels=256, weights
 
 @torch.no_grad()
 def require_sizes(model, cfg, images=0):
-    """Return the model, which is to be trained on crops of `images` at a time (0: to predict).
+    """Return the model. Raises UserError where cfg has a size that is too small for it.
 
-    Raises UserError where one of the configuration's sizes is too small for it.
+    images: how many crops it is trained on at a time; 0 where it only predicts.
     """
-    shapes, full = copy.deepcopy(model).to("meta"), cfg.val.size or cfg.target.sizes[-1]
-    used = [("crop", cfg.crop, cfg.crop, images)] if images else []
-    for scale in cfg.evaluation.scales:
-        used.append(("evaluation.scales", scale, [max(round(scale * x), 1) for x in full], 0))
-    for key, value, size, count in used:
+    shapes, scale = copy.deepcopy(model).to("meta"), min(cfg.evaluation.scales)
+    least = [max(round(scale * x), 1) for x in cfg.val.size or cfg.target.sizes[-1]]
+    training = [("crop", cfg.crop, images)] if images else []
+    for key, size, count in [("evaluation.scales", least, 0), *training]:
         try:
             shapes.train(count > 0)(torch.zeros(count or 1, 3, *size, device="meta"))
         except (RuntimeError, ValueError) as error:
-            fault = f"is too small for {count or 1} images in model.network = {cfg.model.network}"
-            raise UserError(f"{key} = {value} {fault}; raise it") from error
+            fault = f"{size} pixels of {count or 1} images are too few for {cfg.model.network}"
+            raise UserError(f"{key}: {fault}; raise it, or model.channels") from error
     return model
 
 

@@ -77,7 +77,7 @@ def read_label(path, red_only=False):
 
 def _read(path):
     try:
-        if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
+        if not Path(path).is_file() and Path(path).exists():  # a pipe would be waited for
             raise UserError(f"{path}: is no regular file; remove it")
         data = Path(path).read_bytes()
     except OSError as error:

@@ -87,35 +87,39 @@ def test_a_label_in_a_jpeg_is_refused(dataset, process):
         refused(outcome, "00002.jpg: is a JPEG", "PNG")
 
 
-@pytest.mark.parametrize(
-    ("override", "parts"),
-    [
-        ("source.sizes=[[48,64],[40,56]]", ["source.sizes", "ascending"]),
-        ("source.sizes=[[56,40],[64,48]]", ["source.sizes", "[56, 40]", "[height, width]", "48"]),
-        ("warmup.steps=1:30", ["warmup.steps = '1:30'", "integer"]),
-        ("warmup.steps=1_000", ["warmup.steps = '1_000'", "integer"]),
-        ("warmup.crdomix=no", ["warmup.crdomix = 'no'", "True | False"]),
-        ("classes={a: [1, 2, 3], b: [1, 2, 3]}", ["classes", "differ in their names and colours"]),
-        ("classes=[road, car, road]", ["classes", "differ in their names and colours"]),
-    ],
-)
-def test_values_that_cannot_be_meant(process, override, parts):
-    refused(process("warmup", *PLAIN, "crop=[32,32]", override), *parts)
+def test_sizes_with_the_width_first(process):
+    wrong = ("crop=[32,32]", "source.sizes=[[56,40],[64,48]]")
+    refused(process("warmup", *PLAIN, *wrong), "source.sizes = [56, 40] must be [height, width]")
 
 
-def test_yaml_1_1_in_a_file(dataset, process):
+MEANT_OTHERWISE = {
+    "source.sizes=[[48,64],[40,56]]": ["source.sizes", "ascending"],
+    "warmup.steps=1:30": ["warmup.steps = '1:30'", "integer"],
+    "warmup.steps=1_000": ["warmup.steps = '1_000'", "integer"],
+    "seed=010": ["seed=010", "'010'"],
+    "warmup.crdomix=no": ["warmup.crdomix = 'no'", "True | False"],
+    "classes={a: [1, 2, 3], b: [1, 2, 3]}": ["differ in their names and colours"],
+    "classes=[road, car, road]": ["differ in their names and colours"],
+}
+
+
+def test_values_that_are_meant_otherwise(dataset, run, process):
+    for override, parts in MEANT_OTHERWISE.items():
+        code, _, err = run("warmup", override)
+        refused((code, None, err.splitlines()), *parts)
     text = (dataset / "test.yaml").read_text()
-    for line, part in (("seed: 010", "'010'"), ("compile: off", "compile = 'off'")):
-        (dataset / "old.yaml").write_text(f"{text}{line}\n")
-        refused(process("warmup", "--cfg", dataset / "old.yaml", *PLAIN), part)
+    (dataset / "old.yaml").write_text(f"{text}compile: off\n")
+    refused(process("warmup", "--cfg", dataset / "old.yaml", *PLAIN), "compile = 'off'")
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["translator", "evaluate", "selftrain", "selftrain_round1", "warmup.unfinished", "a_on_b"],
-)
-def test_a_result_has_no_name_of_another_stage(process, name):
-    refused(process("warmup", *PLAIN, "--as", name), "--as", name)
+OTHERS = ("translator", "evaluate", "selftrain", "selftrain_round1", "warmup.unfinished", "a_on_b")
+
+
+def test_a_result_has_no_name_of_another_stage(run, process):
+    for name in OTHERS:
+        code, _, err = run("warmup", "--as", name)
+        refused((code, None, err.splitlines()), "--as", name)
+    refused(process("warmup", *PLAIN, "--as", "translator"), "--as", "translator")
 
 
 def test_weights_that_are_not_finite_are_refused(dataset, process):
@@ -179,31 +183,26 @@ def damaged(kind, array):
     middle = len(data) // 2
     if kind == "jpeg, cut out":
         del data[middle : middle + 500]
-    elif kind == "jpeg, zeros":
-        data[middle : middle + 500] = bytes(500)
     elif kind == "jpeg, early end":
         del data[middle:-2]
-    elif kind == "png, cut out":
-        del data[middle : middle + 500]
     elif kind == "png, flipped":
         data[middle] ^= 1
     return bytes(data)
 
 
-DAMAGES = ["jpeg, cut out", "jpeg, zeros", "jpeg, early end", "png, cut out", "png, flipped"]
+DAMAGES = ["jpeg, cut out", "jpeg, early end", "png, flipped"]
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_picture_that_is_damaged_inside_is_named_in_one_line(dataset, process, kind):
-    """By the first of the four threads that check, by a loader's process, and by --check."""
     for i in range(6):
         (dataset / f"game/images/{i:05d}.png").unlink()
         good = cv2.imencode(".jpg", picture(i)[0])[1].tobytes()
         (dataset / f"game/images/{i:05d}.jpg").write_bytes(good)
     path = dataset / "game/images/00003.jpg"
     path.write_bytes(damaged(kind, picture(3)[0]))
-    for outcome in (process("warmup", *PLAIN), check(process)):
-        refused(outcome, f"{path}: is ", "restore the file")
+    # by one of the four threads that read the samples
+    refused(process("warmup", *PLAIN), f"{path}: is ", "restore the file")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -248,11 +247,13 @@ def test_exif_turns_neither_image_nor_label(dataset, process):
 
 def test_a_crop_or_scale_that_the_network_cannot_take_is_refused_before_training(dataset, process):
     crop = ("crop=[8,8]", "accumulate=2")
-    refused(process("warmup", *PLAIN, *crop), "crop = [8, 8]", "mobilenet_v2")
-    refused(process("warmup", *PLAIN, "evaluation.scales=[0.05]"), "evaluation.scales = 0.05")
+    refused(process("warmup", *PLAIN, *crop), "crop: [8, 8] pixels of 1 images", "mobilenet_v2")
+    refused(
+        process("warmup", *PLAIN, "evaluation.scales=[0.05]"), "evaluation.scales: [2, 3] pixels"
+    )
     assert not (dataset / "runs/test/warmup.pth").exists()
     assert process("warmup", *PLAIN)[0] == 0
-    refused(process("evaluate", "evaluation.scales=[0.05]"), "evaluation.scales = 0.05")
+    refused(process("evaluate", "evaluation.scales=[0.05]"), "evaluation.scales: [2, 3] pixels")
 
 
 def test_an_image_of_one_pixel_is_refused(dataset, process):
@@ -285,14 +286,15 @@ HOSTILE = {
     "depth": "[" * 100000,
     "a long key": "x" * 500000 + ": 1",
     "a long value": "name: " + "x y " * 100000,
-    "endless": None,
 }
 
 
-@pytest.mark.parametrize("kind", HOSTILE)
-def test_a_hostile_configuration_is_one_short_line(dataset, process, kind):
-    path = dataset / "hostile.yaml"
-    path.write_text(HOSTILE[kind] or "")
-    outcome = process("warmup", "--cfg", path if HOSTILE[kind] else "/dev/zero")
-    refused(outcome)
-    assert len(outcome[2][0]) < 500
+def test_a_hostile_configuration_is_one_short_line(dataset, run, process):
+    for kind, text in HOSTILE.items():
+        path = dataset / f"{kind}.yaml"
+        path.write_text(text)
+        code, _, err = run("warmup", "--cfg", path)
+        refused((code, None, err.splitlines()))
+        assert len(err) < 500, kind
+    refused(process("warmup", "--cfg", dataset / "base.yaml"), "base", "must be a path")
+    refused(process("warmup", "--cfg", "/dev/zero"), "/dev/zero: cannot be read")
