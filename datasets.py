@@ -206,6 +206,9 @@ def list_images(folder):
     names, seen = [], set()
     for path, folders, files in os.walk(folder, onerror=_unreadable, followlinks=True):
         real = Path(path).resolve()
+        for link in (Path(path, x) for x in files if not Path(x).suffix):
+            if link.is_symlink() and not os.access(link, os.R_OK):
+                raise UserError(f"{link}: links to nothing; is its disk there?")
         images = [x for x in files if x[0] != "." and Path(x).suffix.lower() in EXTENSIONS]
         names += [str(Path(path, x).relative_to(folder)) for x in images if real not in seen]
         # links last: a file has its name below the folder rather than below a link

@@ -158,6 +158,11 @@ def test_linked_folders_are_read_and_what_is_left_out_is_told(dataset, process):
     assert process("warmup", *PLAIN)[::2] == (0, [])
 
 
+def test_a_link_to_a_disk_that_is_not_there_is_refused(dataset, process):
+    (dataset / "game/images/more").symlink_to(dataset / "unmounted")
+    refused(process("warmup", *PLAIN), "game/images/more: links to nothing")
+
+
 def test_a_pipe_is_not_waited_for(dataset, process):
     (dataset / "game/images/00003.png").unlink()
     os.mkfifo(dataset / "game/images/00003.png")
