@@ -1,6 +1,7 @@
 """What one sample is: dataset layouts, label values, scaling and cropping."""
 
 import functools
+import os
 import sys
 import zlib
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, StackDataset
 
 from augment import DRAWS
 from engine import signals
-from engine.config import Config, UserError
+from engine.config import Config, UserError, one_line, require
 from engine.images import keep_freed_memory, read_image, read_label, resize, threads
 from engine.processes import decided_by_first, loader_workers, rank, world
 from settings import classes, label_values
@@ -99,8 +100,8 @@ class Images(Folder):
 
     def __init__(self, cfg, domain, labelled):
         spec = functools.reduce(Config.__getitem__, domain.split("."), cfg)
-        self.labelled, self.red_only = labelled, spec.layout == "synthia"
-        image_folder, label_folders, image_end, label_end = LAYOUTS[spec.layout]
+        self.labelled, self.red_only, self.label_paths = labelled, spec.layout == "synthia", []
+        image_folder, label_folders, image_end, self.label_end = LAYOUTS[spec.layout]
         self.folder = Path(spec.root) / image_folder.format(split=spec.split or ".")
         if not self.folder.is_dir():
             remedy = f"set {domain}.root, or see the README for the data"
@@ -115,24 +116,51 @@ class Images(Folder):
         if labelled:
             split = spec.split or "."
             folders = [Path(spec.root) / folder.format(split=split) for folder in label_folders]
-            folder = next((folder for folder in folders if folder.is_dir()), folders[0])
-            self.label_paths = self._find_labels(folder, image_end, label_end)
+            self.label_folder = next((x for x in folders if x.is_dir()), folders[0])
+            self.label_paths = self._find_labels(self.label_folder, image_end)
             self.table = np.full(65536, NO_CLASS, np.uint8)
             for value, k in label_values(spec.ids, classes(cfg)).items():
                 self.table[value] = k
         some = np.unique(np.linspace(0, len(self.names) - 1, 256, dtype=int)).tolist()
-        list(threads.map(self.label if labelled else self.image, some))
+        self._judge(domain, spec, list(classes(cfg)), threads.map(self.summary, some))
 
-    def _find_labels(self, folder, image_end, label_end):
+    def _find_labels(self, folder, image_end):
         labels = {_stem(name): folder / name for name in list_images(folder)}
         paths = []
         for name in self.names:
-            stem = _stem(name).removesuffix(image_end) + label_end
+            stem = _stem(name).removesuffix(image_end) + self.label_end
             if stem not in labels:
                 fault = f"has no label {folder / stem}.png"
                 raise UserError(f"{self.folder / name}: {fault}; add it or drop the image")
             paths.append(labels[stem])
         return paths
+
+    def summary(self, i):
+        """Return image i's (H, W), its largest value, and its label's pixels of each class."""
+        image = self.image(i)
+        label = self.label(i, image) if self.labelled else np.arange(256)  # none is absent
+        return image.shape[:2], image.max(), np.bincount(label.ravel(), minlength=256)
+
+    def _judge(self, domain, spec, names, summaries):
+        """Raise UserError for what cannot be meant, judged by samples; warn of what is odd."""
+        shapes, bright, counts = zip(*summaries, strict=True)
+        height, width = size = np.median(shapes, axis=0).astype(int).tolist()
+        for h, w in spec.get("sizes", []):
+            stretch, swapped = abs(np.log([w / h / width * height, h / w / width * height]))
+            must = f"be [height, width]: the images are {size}"
+            require(stretch < swapped + 0.4, self.folder, f"{domain}.sizes", [h, w], must)
+        shares, bright = np.sum(counts, axis=0) / np.sum(counts), np.median(bright)
+        if shares[IGNORED] == 1:
+            fault = "no pixel of its labels belongs to a class"
+            raise UserError(f"{domain}: {fault}; are {domain}.ids right?")
+        absent = ", ".join(name for k, name in enumerate(names) if not shares[k])
+        for odd, fault in (
+            (bright < 32, f"half of the images are nearly black, at most {bright:.0f} of 255"),
+            (shares[IGNORED] > 0.5, f"{shares[IGNORED]:.1%} of the labels' pixels are ignored"),
+            (absent, f"none of {len(shapes)} labels holds {one_line(absent)}"),
+        ):
+            if odd:
+                warn(f"{domain}: {fault}")
 
     def label_values(self, i, image):
         """Return the values in the label file of `image`, image i: (H, W)."""
@@ -141,9 +169,10 @@ class Images(Folder):
         require_same_size(path, values, self.folder / self.names[i], image)
         return values
 
-    def label(self, i):
-        """Return label map i: (H, W) uint8 classes, 255 ignored."""
-        return self.to_classes(self.label_values(i, self.image(i)), i)
+    def label(self, i, image=None):
+        """Return the label map of `image`, image i: (H, W) uint8 classes, 255 ignored."""
+        image = self.image(i) if image is None else image
+        return self.to_classes(self.label_values(i, image), i)
 
     def to_classes(self, values, i):
         """Return the classes of values of label i, or of a part of them."""
@@ -156,19 +185,42 @@ class Images(Folder):
         return label
 
 
+@functools.cache
+def warn(line):
+    """Write a warning on stderr, once."""
+    if rank() == 0:
+        print(f"{Path(sys.argv[0]).name}: warning: {line}", file=sys.stderr)
+
+
+def _unreadable(error):
+    if Path(error.filename).is_dir():
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); allow it")
+
+
 def list_images(folder):
     """Return the paths of all image files below a folder, relative to it, sorted.
 
-    Raises UserError where two differ in their extension only.
+    Links are followed, to each folder once; hidden files are left out. Raises UserError for an
+    unreadable folder, and where two differ in their extension only.
     """
-    folder = Path(folder)
-    paths = (path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
-    names = sorted(str(path.relative_to(folder)) for path in paths)
+    names, seen = [], set()
+    for path, folders, files in os.walk(folder, onerror=_unreadable, followlinks=True):
+        real = Path(path).resolve()
+        for link in (Path(path, x) for x in files if not Path(x).suffix):
+            if link.is_symlink() and not os.access(link, os.R_OK):
+                raise UserError(f"{link}: links to nothing; is its disk there?")
+        images = [x for x in files if x[0] != "." and Path(x).suffix.lower() in EXTENSIONS]
+        names += [str(Path(path, x).relative_to(folder)) for x in images if real not in seen]
+        # links last: a file has its name below the folder rather than below a link
+        folders.sort(key=lambda x, path=path: Path(path, x).is_symlink())
+        folders[:] = [x for x in folders if x[0] != "." and real not in seen]
+        seen.add(real)
+    names.sort()
     stems = set()
     for name in names:
         if _stem(name) in stems:
             fault = "another image has the same name without extension"
-            raise UserError(f"{folder / name}: {fault}; rename one of them")
+            raise UserError(f"{Path(folder) / name}: {fault}; rename one of them")
         stems.add(_stem(name))
     return names
 
@@ -193,7 +245,7 @@ def _narrow(names, path, folder):
         ends = ("/".join(parts[i:]) for i in range(len(parts)))
         name = next((end for end in ends if end in known), None)
         if name is None:
-            raise UserError(f"{path}: names {line}; {usage}")
+            raise UserError(f"{path}: names {one_line(line)}; {usage}")
         wanted.add(name)
     if not wanted:
         raise UserError(f"{path}: names no image; {usage}")
@@ -357,7 +409,7 @@ class Whole(Dataset):
             size = [max(round(side * factor), 8) for side in size]
         sample = {"index": i, "shape": image.shape[:2], "image": resize(image, size)}
         if self.images.labelled:
-            sample["label"] = self.images.to_classes(self.images.label_values(i, image), i)
+            sample["label"] = self.images.label(i, image)
         return sample
 
 

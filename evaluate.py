@@ -26,7 +26,7 @@ from engine.processes import barrier, rank, world
 from engine.run import Run
 from losses import upsample
 from metrics import ConfusionMatrix, predictions
-from models import load_segmenter
+from models import load_segmenter, require_sizes
 from settings import classes, label_values, load_config, load_saved
 
 STAGES = ("source_only", "warmup", "selftrain_round1", "selftrain", "oracle")  # the table's order
@@ -93,6 +93,7 @@ def evaluate(run, path, datasets, out, args):
     """Segment the datasets with the network in `path`: scores to results.json, pictures to out."""
     cfg, first = run.cfg, next(iter(datasets))
     student, saved = load_segmenter(path, cfg)
+    require_sizes(student, cfg)
     teacher, _ = load_segmenter(path, cfg, "teacher")
     how = cfg.evaluation.scales, cfg.evaluation.tile
     for key, whole in datasets.items():

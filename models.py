@@ -92,6 +92,24 @@ def build_segmenter(network, num_classes, output_stride=8, channels=256, weights
     return model
 
 
+@torch.no_grad()
+def require_sizes(model, cfg, images=0):
+    """Return the model. Raises UserError where cfg has a size that is too small for it.
+
+    images: how many crops it is trained on at a time; 0 where it only predicts.
+    """
+    shapes, scale = copy.deepcopy(model).to("meta"), min(cfg.evaluation.scales)
+    least = [max(round(scale * x), 1) for x in cfg.val.size or cfg.target.sizes[-1]]
+    training = [("crop", cfg.crop, images)] if images else []
+    for key, size, count in [("evaluation.scales", least, 0), *training]:
+        try:
+            shapes.train(count > 0)(torch.zeros(count or 1, 3, *size, device="meta"))
+        except (RuntimeError, ValueError) as error:
+            fault = f"{size} pixels of {count or 1} images are too few for {cfg.model.network}"
+            raise UserError(f"{key}: {fault}; raise it, or model.channels") from error
+    return model
+
+
 def _smp(name, num_classes, weights):
     """Return encoder, decoder, classifier, and what the sides of images must be multiples of."""
     try:
@@ -266,6 +284,7 @@ def load_exactly(module, state, origin):
     faults = {
         "lacks": own.keys() - state.keys(),
         "has unknown": state.keys() - own.keys(),
+        "is not finite in": [k for k in shapes if not state[k].isfinite().all()],
         "differs in shape:": [f"{k} is {a}, not {b}" for k, (a, b) in shapes.items() if a != b],
     }
     for fault, keys in faults.items():

@@ -31,6 +31,7 @@ from models import (
     load_segmenter,
     make_teacher,
     recalibrate_batchnorm,
+    require_sizes,
     set_learning_rate,
 )
 from settings import classes, load_config
@@ -72,7 +73,7 @@ def train(run, init, folder):
     truth = {"truth": Images(cfg, "target", labelled=True).label} if options.diagnose else {}
 
     # student, teacher, optimizer, centroids
-    student = run.place(load_segmenter(init, cfg)[0])
+    student = run.place(require_sizes(load_segmenter(init, cfg)[0], cfg, 3 * size))
     teacher = make_teacher(student)
     optimizer = build_optimizer(student, **cfg.optimizer)
     centroids = Centroids(len(classes(cfg)), student.channels, options.momentum).to(run.device)

@@ -1,5 +1,6 @@
 """The keys of a configuration, what each may be and what must agree; classes, label values."""
 
+import math
 from pathlib import Path
 
 from engine import config
@@ -15,6 +16,7 @@ from engine.config import (
     mapping,
     multiple_of,
     number,
+    one_line,
     pattern,
     require,
     sequence,
@@ -107,7 +109,7 @@ TRAINING = {
 }
 NETWORKS = ("deeplab_v2_resnet101", "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2")
 STAGES = ("demo_data", "translate", "source_only", "warmup", "selftrain", "oracle")
-COLOURS = mapping(TEXT, sequence(integer(0, 255), 3, 3), low=2)
+COLOURS = mapping(TEXT, sequence(integer(0, 255), 3, 3), 2, 254)  # 255 is ignored, in 8 bits
 
 SCHEMA = {
     "name": NAME,
@@ -220,9 +222,9 @@ def checked(tree, overrides, origin):
 
 def _check_classes(cfg, origin):
     names = classes(cfg)
-    known = f"name one of the classes: {', '.join(names)}"
-    limit = "be at most 254: label maps have 8 bits, 255 is ignored"
-    require(len(names) <= 254, origin, "classes", f"{len(names)} of them", limit)
+    differ = cfg.classes == "cityscapes" or len(set(names.values())) == len(cfg.classes)
+    require(differ, origin, "classes", cfg.classes, "differ in their names and colours")
+    known = f"name one of the classes: {one_line(', '.join(names))}"
     datasets = {key: cfg[key] for key in ("source", "target", "val")}
     datasets |= {f"more_val.{key}": spec for key, spec in cfg.more_val.items()}
     for domain, spec in datasets.items():
@@ -246,6 +248,8 @@ def _check_sizes(cfg, origin):
         require(sum(batch) > 0, origin, f"{section}.batch", batch, "hold at least one image")
         for domain in domains:
             sizes = cfg[domain].sizes
+            rises = sizes == sorted(sizes, key=math.prod)
+            require(rises, origin, f"{domain}.sizes", sizes, "be in ascending order")
             count = f"have one count for each of {domain}.sizes {sizes}"
             require(len(batch) == len(sizes), origin, f"{section}.batch", batch, count)
             fits = all(c <= s for size in sizes for c, s in zip(crop, size, strict=True))

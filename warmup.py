@@ -9,6 +9,7 @@ import torch
 from augment import cross_domain_mix
 from datasets import Crops, Images, RecalibrationImages, loader, translated_images
 from engine.command import arguments, command
+from engine.config import UserError, one_line, pattern
 from engine.loop import part_size
 from engine.run import Run
 from losses import ohem_loss, supervised_loss, symmetric_distillation
@@ -19,9 +20,14 @@ from models import (
     ema_update,
     make_teacher,
     recalibrate_batchnorm,
+    require_sizes,
     set_learning_rate,
 )
 from settings import classes, load_config
+
+# what other stages write: translator.pth, selftrain_round1.pth, entries of results.json
+OTHERS = r"(translator|evaluate|selftrain(_round\d+)?|.*[._](unfinished|best_on_val|on_.*))$"
+RESULT = pattern("a name that no other stage has", rf"(?!{OTHERS})[\w.-]*\w")
 
 
 def main():
@@ -30,6 +36,8 @@ def main():
     parser.add_argument("--as", **name, help="name of the result (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="replace an earlier result")
     args = parser.parse_intermixed_args()
+    if not RESULT[1](args.stage):
+        raise UserError(f"--as {one_line(args.stage)} must be {RESULT[0]}")
     cfg = load_config(args.cfg, args.overrides)
     run = Run(cfg, args.stage, "warmup")
     if not run.is_finished(args.force, [run.folder / "translator.pth"] * cfg.warmup.crdomix):
@@ -51,7 +59,8 @@ def train(run):
     val = Images(cfg, "val", labelled=True) if cfg.val_every else None
 
     # student, teacher, optimizer
-    student = run.place(build_segmenter(num_classes=len(classes(cfg)), **cfg.model))
+    student = build_segmenter(num_classes=len(classes(cfg)), **cfg.model)
+    student = run.place(require_sizes(student, cfg, size * (2 if options.distill else 1)))
     teacher = make_teacher(student)
     optimizer = build_optimizer(student, **cfg.optimizer)
     state = {"student": student, "teacher": teacher, "optimizer": optimizer, "scaler": run.scaler}

@@ -6,6 +6,7 @@ A rule is a pair: what is expected, in words; the test of a value.
 
 import difflib
 import re
+import reprlib
 from pathlib import Path
 
 import yaml
@@ -50,12 +51,12 @@ def sequence(rule, low=0, high=10**6):
     return words, lambda v: isinstance(v, list) and low <= len(v) <= high and all(map(rule[1], v))
 
 
-def mapping(key, value, low=1):
+def mapping(key, value, low=1, high=10**6):
     def test(tree):
-        right = isinstance(tree, dict) and len(tree) >= low
+        right = isinstance(tree, dict) and low <= len(tree) <= high
         return right and all(map(key[1], tree)) and all(map(value[1], tree.values()))
 
-    return f"a mapping from {key[0]} to {value[0]}", test
+    return f"a mapping of {low} to {high}, each from {key[0]} to {value[0]}", test
 
 
 def either(*rules):
@@ -71,10 +72,11 @@ FLAG = choice(True, False)
 TEXT = ("text", lambda v: isinstance(v, str) and v == v.strip() != "" and v.isprintable())
 NAME = pattern("a name of letters, digits, - _ .", r"[\w.-]*\w")
 ANY = "*"  # as a key of a schema: any name
+reprlib.aRepr.maxstring = 120  # a few lines of YAML make a value whose repr() would never end
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-    """Safe YAML loader that reads 1e-4 as a number (YAML 1.2) and refuses duplicate keys."""
+    """Safe loader of YAML 1.2's core schema (1.1 reads 1:30 as 90); refuses duplicate keys."""
 
     def construct_mapping(self, node, deep=False):
         pairs = super().construct_mapping(node, deep=True)
@@ -83,14 +85,24 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         return pairs
 
 
-FLOAT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
+CORE = {
+    "null": r"(null|Null|NULL|~|)$",
+    "bool": r"(true|True|TRUE|false|False|FALSE)$",
+    "int": r"([-+]?\d+|0o[0-7]+|0x[\da-fA-F]+)$",
+    "float": r"([-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.inf|\.nan)$",
+}
+_core = [(f"tag:yaml.org,2002:{tag}", re.compile(words, re.A)) for tag, words in CORE.items()]
+_Loader.yaml_implicit_resolvers = {None: _core}
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value, 0))
 
 
 def read(path):
     """Return the mapping in a YAML file. Raises UserError."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with Path(path).open(encoding="utf-8") as file:
+            text = file.read(2**20)
+        if len(text) == 2**20:
+            raise ValueError("it is longer than a configuration")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)}); see --cfg") from error
     tree = _parse(text, path)
@@ -103,7 +115,8 @@ def read_with_base(path, schema):
     """Return a file's mapping on top of the file that its `base:` names. Raises UserError."""
     tree, base = read(path), {}
     if "base" in tree:
-        base_path = Path(path).parent / str(tree.pop("base"))
+        require(TEXT[1](tree["base"]), path, "base", tree["base"], "be a path")
+        base_path = Path(path).parent / tree.pop("base")
         base = read(base_path)
         if "base" in base:
             raise UserError(f"{base_path}: is a base and names a base itself; one level is read")
@@ -142,7 +155,7 @@ def _parse(text, origin):
 
 def one_line(value):
     """Return a value's text on one line of at most 120 characters."""
-    text = " ".join(str(value).split())
+    text = " ".join(str(value)[:10000].split())
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
@@ -156,7 +169,8 @@ def check(tree, schema, origin, prefix="", whole=None):
         schema = {key if NAME[1](key) else ANY: schema[ANY] for key in tree}
     for key, value in tree.items():
         if key not in schema:
-            found, known = one_line(f"{prefix}{key} = {value!r}"), nearest(f"{prefix}{key}", whole)
+            name = f"{prefix}{one_line(key)}"
+            found, known = one_line(f"{name} = {reprlib.repr(value)}"), nearest(name, whole)
             raise UserError(f"{origin}: unknown key {found}; the nearest is {known}")
     for key, rule in schema.items():
         name, value = f"{prefix}{key}", tree.get(key)
@@ -191,4 +205,4 @@ def nearest(name, schema):
 def require(holds, origin, key, value, must):
     """Raise UserError unless a condition between keys holds."""
     if not holds:
-        raise UserError(f"{origin}: {key} = {one_line(repr(value))} must {must}")
+        raise UserError(f"{origin}: {key} = {one_line(reprlib.repr(value))} must {must}")

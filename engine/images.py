@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import io
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -25,18 +26,30 @@ UNFILTERED = [19, 8]
 # The only threads beside the main one that use OpenCV. They are never ended: an ending thread holds
 # a lock of OpenCV, for which a DataLoader worker that is forked in that moment waits for ever.
 threads = ThreadPoolExecutor(4)
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # its errors are raised here
+Image.MAX_IMAGE_PIXELS = 2**29  # Pillow refuses twice as many, which is OpenCV's limit
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+_gate, _reports = threading.Lock(), None
+if hasattr(_libc, "gnu_get_libc_version"):
+    # libjpeg tells of damage nowhere but on C's `stderr`, which is memory from here on: longer than
+    # what will be written, so that it stays in place. Python's stderr and descriptor 2 are as ever.
+    _text, _size = ctypes.c_void_p(), ctypes.c_size_t()
+    _libc.open_memstream.restype = ctypes.c_void_p
+    _reports = ctypes.c_void_p.in_dll(_libc, "stderr")
+    _reports.value = _libc.open_memstream(ctypes.byref(_text), ctypes.byref(_size))
+    _libc.fputs(b" " * 2**20, _reports)
 
 
 def keep_freed_memory():
     """Make glibc reuse the memory of the last image: new pages take a tenth of a sample's time."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-1, 2**28)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its largest
+    if hasattr(_libc, "mallopt"):
+        _libc.mallopt(-1, 2**28)  # M_TRIM_THRESHOLD
+        _libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its largest
 
 
 def read_image(path):
-    """Return an image file as RGB uint8 (H, W, 3). Raises UserError for any other file."""
-    return _decode(path, _read(path), cv2.IMREAD_COLOR_RGB)
+    """Return an image file as RGB uint8 (H, W, 3), not turned by EXIF. Raises UserError."""
+    return _decode(path, _read(path), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
 
 
 def read_label(path, red_only=False):
@@ -46,6 +59,8 @@ def read_label(path, red_only=False):
     """
     data = _read(path)
     png = data.startswith(PNG_SIGNATURE)
+    if data.startswith(b"\xff\xd8"):
+        raise UserError(f"{path}: is a JPEG, which changes values next to edges; write PNG instead")
     if png and data[25:26] == b"\x03":  # with a palette: OpenCV would return its colours
         return _decode(path, data)
     values = _decode(path, data, cv2.IMREAD_UNCHANGED)
@@ -62,6 +77,8 @@ def read_label(path, red_only=False):
 
 def _read(path):
     try:
+        if not Path(path).is_file() and Path(path).exists():  # a pipe would be waited for
+            raise UserError(f"{path}: is no regular file; remove it")
         data = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); restore it") from error
@@ -77,12 +94,28 @@ def _decode(path, data, flags=None):
     try:
         if flags is None:
             return np.array(Image.open(io.BytesIO(data)))
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        image, guessed = _imdecode(data, flags)
+        if guessed:  # or another thread's: they wait here, at most 4
+            with _gate:
+                guessed = all(_imdecode(data, flags)[1] for _ in range(6))
     except Exception:  # cv2.error; Pillow raises a dozen types, depending on the damage
-        image = None
-    if image is None:
-        raise UserError(f"{path}: is broken, or not an image; restore the file or remove it")
+        image, guessed = None, False
+    if image is None or guessed:
+        fault = "is damaged inside" if guessed else "is broken, too large, or not an image"
+        raise UserError(f"{path}: {fault}; restore the file or remove it")
+    if min(image.shape[:2]) < 8:
+        fault = "is {1}x{0} pixels, too few for a network".format(*image.shape)
+        raise UserError(f"{path}: {fault}; remove it")
     return image
+
+
+def _imdecode(data, flags):
+    """Return OpenCV's image or None, and whether libjpeg told of damage meanwhile."""
+    before = _libc.ftell(_reports) if _reports else 0
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    if not _reports or _libc.ftell(_reports) == before or _libc.fflush(_reports):
+        return image, False
+    return image, b"Corrupt JPEG" in ctypes.string_at(_text.value + before)
 
 
 def write_image(path, image):
@@ -149,16 +182,3 @@ def paint(label, colours):
     palette = np.zeros((256, 3), np.uint8)
     palette[: len(colours)] = list(colours.values())
     return palette[label]
-
-
-def legend(colours, width, cell=150):
-    """Return a picture of the classes' colours with their names, (H, width, 3) uint8."""
-    across = max(width // cell, 1)
-    entries = [*colours.items(), ("ignored", (0, 0, 0))]
-    picture = np.full((24 * -(-len(entries) // across), width, 3), 255, np.uint8)
-    font = (cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
-    for k, (name, colour) in enumerate(entries):
-        x, y = k % across * cell + 4, k // across * 24 + 4
-        cv2.rectangle(picture, (x, y), (x + 16, y + 16), colour, cv2.FILLED)
-        cv2.putText(picture, name, (x + 22, y + 13), *font)
-    return picture

@@ -214,7 +214,7 @@ def test_an_empty_split(dataset, run):
 def test_a_label_value_that_only_a_loader_process_meets(dataset, run, monkeypatch):
     """Beyond the files that are checked beforehand, a worker finds it while training."""
     path = break_label(dataset, "value")
-    monkeypatch.setattr(Images, "label", lambda self, i: None)
+    monkeypatch.setattr(Images, "_judge", lambda *_: None)
     whole = (
         "max_class_share=1.0",
         "min_scale=1.0",

@@ -8,17 +8,19 @@
 
 import functools
 import os
+import warnings
 from collections import Counter
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-from datasets import IGNORED, LAYOUTS, Images, list_images
+from datasets import EXTENSIONS, IGNORED, LAYOUTS, Images, list_images, warn
 from engine.command import arguments, command
-from engine.config import UserError
-from engine.images import legend, paint, read_image, read_label, resize, threads, write_image
+from engine.config import UserError, one_line
+from engine.images import paint, read_image, read_label, resize, threads, write_image
 from engine.loop import progress
 from settings import classes, load_config
 from tools.templates import render
@@ -40,6 +42,7 @@ def main():
     if args.init:
         write_config(*args.init, args.out)
         return
+    warnings.simplefilter("ignore")  # Pillow's, about metadata
     cfg = load_config(args.cfg, args.overrides)
     with_labels = cfg.selftrain.diagnose or cfg.warmup.labels_from == "target"
     labelled = {"source": True, "target": with_labels} | ({"val": True} if cfg.val.root else {})
@@ -138,7 +141,8 @@ def label_values(paths):
     if not 2 <= len(colours) <= 255:
         fault = f"this label and the others hold {len(colours)} values"
         raise UserError(f"{paths[0]}: {fault}; a label holds the number of a class in every pixel")
-    if all(len(set(colour)) == 1 for colour in colours.values()):  # gray: not a palette
+    distinct = len(set(map(tuple, colours.values()))) == len(colours)
+    if not distinct or all(len(set(colour)) == 1 for colour in colours.values()):  # no palette
         colours = dict(zip(sorted(colours), distinct_colours(len(colours)), strict=True))
     return {value: pixels[value] / pixels.sum() for value in sorted(colours)}, colours
 
@@ -166,14 +170,21 @@ def check(cfg, domain, images, shown=12):
 
     shown: the number of images on it. Raises UserError for a file that cannot be trained on.
     """
-    sizes, pixels = Counter(), np.zeros(256, np.int64)
+    sizes, pixels, turned = Counter(), np.zeros(256, np.int64), 0
     with progress(total=len(images), desc=domain) as bar:
-        for size, counts in threads.map(functools.partial(read, images), range(len(images))):
+        for size, _, counts, is_turned in threads.map(
+            functools.partial(read, images), range(len(images))
+        ):
             sizes[size] += 1
             pixels += counts
+            turned += is_turned
             bar.update()
+    if turned:
+        fault = f"{turned} of {len(images)} images have an EXIF orientation, which is not applied"
+        warn(f"{domain}: {fault}; turn their pixels, for example by mogrify -auto-orient")
     labels = "" if images.labelled else ", labels not read"
     print(f"{domain}: {len(images)} images in {images.folder}{labels}")
+    print(f"  left out: {left_out(images)}")
     print("  sizes: " + ", ".join(f"{n} of {w}x{h}" for (h, w), n in sizes.most_common(5)))
     if images.labelled:
         names = [*classes(cfg), "ignored"]
@@ -185,14 +196,44 @@ def check(cfg, domain, images, shown=12):
     print(f"  contact sheet: {path}")
 
 
-def read(images, i):
-    """Return the size (H, W) of image i, and its label's pixels of each class, (256,) int64."""
-    image = images.image(i)
-    counts = np.zeros(256, np.int64)
+def left_out(images):
+    """Return in words which files in the folders of a datasets.Images are not read, and why."""
+    counts, seen = Counter(), set()
+    for path, folders, files in os.walk(images.folder, followlinks=True):
+        real, names = Path(path).resolve(), folders + files
+        if real in seen:
+            counts["linked a second time"] += 1
+            names, files = [], []
+        counts["hidden"] += sum(name.startswith(".") for name in names)
+        kinds = (Path(name).suffix.lower() for name in files if not name.startswith("."))
+        counts.update(f"named *{kind}" for kind in kinds if kind not in EXTENSIONS)
+        folders[:] = [x for x in folders if not x.startswith(".") and real not in seen]
+        seen.add(real)
+    counts["not in the list or of the layout"] = len(list_images(images.folder)) - len(images)
     if images.labelled:
-        label = images.to_classes(images.label_values(i, image), i)
-        counts = np.bincount(label.ravel(), minlength=256)
-    return image.shape[:2], counts
+        stems = (name.rpartition(".")[0] for name in list_images(images.label_folder))
+        labels = sum(stem.endswith(images.label_end) for stem in stems)
+        counts["labels without an image"] = labels - len(images)
+    return one_line(", ".join(f"{n} {why}" for why, n in counts.most_common() if n)) or "nothing"
+
+
+def read(images, i):
+    """Return images.summary(i), and whether EXIF says to turn image i.
+
+    Pillow reads the files as well: what OpenCV guesses in a damaged one, it refuses.
+    """
+    turned = False
+    for path in (images.folder / images.names[i], *images.label_paths[i : i + 1]):
+        try:
+            with Image.open(path) as image:
+                turned = turned or image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+                image.load()
+        except UnidentifiedImageError:  # a format that OpenCV alone knows, or none
+            continue
+        except Exception as error:  # Pillow raises a dozen types, depending on the damage
+            fault = f"is damaged inside ({one_line(error)})"
+            raise UserError(f"{path}: {fault}; restore the file or remove it") from error
+    return *images.summary(i), turned
 
 
 def contact_sheet(images, colours, shown):
@@ -211,6 +252,19 @@ def contact_sheet(images, colours, shown):
     if images.labelled:
         rows.append(legend(colours, rows[0].shape[1]))
     return np.vstack(rows)
+
+
+def legend(colours, width, cell=150):
+    """Return a picture of the classes' colours with their names, (H, width, 3) uint8."""
+    across = max(width // cell, 1)
+    entries = [*colours.items(), ("ignored", (0, 0, 0))]
+    picture = np.full((24 * -(-len(entries) // across), width, 3), 255, np.uint8)
+    font = (cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
+    for k, (name, colour) in enumerate(entries):
+        x, y = k % across * cell + 4, k // across * 24 + 4
+        cv2.rectangle(picture, (x, y), (x + 16, y + 16), colour, cv2.FILLED)
+        cv2.putText(picture, name, (x + 22, y + 13), *font)
+    return picture
 
 
 if __name__ == "__main__":

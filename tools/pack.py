@@ -89,11 +89,11 @@ def is_done(origin, target, size):
 
 
 def size_of(path):
-    """Return the (H, W) in a file's header; with EXIF, OpenCV may turn the image all the same."""
+    """Return the (H, W) in a file's header."""
     try:
         with Image.open(path) as image:
             return image.size[::-1]
-    except OSError:
+    except (OSError, Image.DecompressionBombError):
         return read_image(path).shape[:2]
 
 
