@@ -5,7 +5,9 @@ A rule is a pair: what is expected, in words; the test of a value.
 """
 
 import difflib
+import os
 import re
+import reprlib
 from pathlib import Path
 
 import yaml
@@ -76,6 +78,11 @@ ANY = "*"  # as a key of a schema: any name
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
     """Safe YAML loader that reads 1e-4 as a number (YAML 1.2) and refuses duplicate keys."""
 
+    def flatten_mapping(self, node):
+        super().flatten_mapping(node)
+        if len(node.value) > 10**5:  # merge keys of merge keys: the next would fill the memory
+            raise yaml.constructor.ConstructorError(None, None, "too large", node.start_mark)
+
     def construct_mapping(self, node, deep=False):
         pairs = super().construct_mapping(node, deep=True)
         if len(pairs) != len(node.value):
@@ -90,6 +97,8 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+01234567
 def read(path):
     """Return the mapping in a YAML file. Raises UserError."""
     try:
+        if not Path(path).is_file() and Path(path).exists():
+            raise OSError("it is not a regular file")
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)}); see --cfg") from error
@@ -103,7 +112,7 @@ def read_with_base(path, schema):
     """Return a file's mapping on top of the file that its `base:` names. Raises UserError."""
     tree, base = read(path), {}
     if "base" in tree:
-        base_path = Path(path).parent / str(tree.pop("base"))
+        base_path = Path(path).parent / os.path.expanduser(str(tree.pop("base")))  # noqa: PTH111
         base = read(base_path)
         if "base" in base:
             raise UserError(f"{base_path}: is a base and names a base itself; one level is read")
@@ -140,6 +149,11 @@ def _parse(text, origin):
         raise UserError(f"{origin}: not valid YAML ({one_line(error)})") from error
 
 
+# aliases make of a few lines a value whose whole text fills the memory
+shown = reprlib.Repr()
+shown.maxlevel, shown.maxdict, shown.maxlist, shown.maxstring = 3, 16, 16, 120
+
+
 def one_line(value):
     """Return a value's text on one line of at most 120 characters."""
     text = " ".join(str(value).split())
@@ -156,7 +170,8 @@ def check(tree, schema, origin, prefix="", whole=None):
         schema = {key if NAME[1](key) else ANY: schema[ANY] for key in tree}
     for key, value in tree.items():
         if key not in schema:
-            found, known = one_line(f"{prefix}{key} = {value!r}"), nearest(f"{prefix}{key}", whole)
+            found = one_line(f"{prefix}{key} = {shown.repr(value)}")
+            known = nearest(f"{prefix}{key}"[:120], whole)
             raise UserError(f"{origin}: unknown key {found}; the nearest is {known}")
     for key, rule in schema.items():
         name, value = f"{prefix}{key}", tree.get(key)
@@ -168,8 +183,16 @@ def check(tree, schema, origin, prefix="", whole=None):
             value = check(value, rule, origin, f"{name}.", whole)
         else:
             require(rule[1](value), origin, name, value, f"be {rule[0]}")
-        checked[key] = value
+        checked[key] = os.path.expanduser(value) if isinstance(value, str) else value  # noqa: PTH111
     return checked
+
+
+def check_known(tree, schema, origin):
+    """Return a tree that a file holds. Raises UserError unless what the schema knows fits it."""
+    require(isinstance(tree, dict), origin, "what it holds", tree, "be a mapping")
+    known = {key: rule for key, rule in schema.items() if key in tree}
+    check({key: tree[key] for key in known}, known, origin)
+    return tree
 
 
 def nearest(name, schema):
@@ -191,4 +214,4 @@ def nearest(name, schema):
 def require(holds, origin, key, value, must):
     """Raise UserError unless a condition between keys holds."""
     if not holds:
-        raise UserError(f"{origin}: {key} = {one_line(repr(value))} must {must}")
+        raise UserError(f"{origin}: {key} = {one_line(shown.repr(value))} must {must}")

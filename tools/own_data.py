@@ -6,6 +6,8 @@
 --check reads every image and label, prints sizes and class shares, and draws contact sheets.
 """
 
+from engine.command import arguments, command  # isort: skip  (first: it answers Ctrl-C)
+
 import functools
 import os
 from collections import Counter
@@ -16,7 +18,6 @@ import numpy as np
 import torch
 
 from datasets import IGNORED, LAYOUTS, Images, list_images
-from engine.command import arguments, command
 from engine.config import UserError
 from engine.images import legend, paint, read_image, read_label, resize, threads, write_image
 from engine.loop import progress

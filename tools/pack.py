@@ -7,6 +7,8 @@ smaller ones keep their size. Images become raw pixels (PPM), labels PNG: nothin
 scaling. The same command goes on where it was stopped. Prints what to write into the configuration.
 """
 
+from engine.command import arguments, command  # isort: skip  (first: it answers Ctrl-C)
+
 import functools
 import shutil
 from pathlib import Path
@@ -16,7 +18,6 @@ import yaml
 from PIL import Image
 
 from datasets import Images
-from engine.command import arguments, command
 from engine.config import UserError
 from engine.images import read_image, read_label, resize, threads, write_image
 from engine.loop import progress
