@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from engine.config import UserError
 from engine.signals import GO_ON
 
 LESS_MEMORY = "raise accumulate, lower crop or evaluation.tile, or set model.output_stride=16"
-LOST_WORKER = re.compile(r"DataLoader worker \(pid.*(killed|exited)|shared memory|Shared memory")
+LOST_WORKER = re.compile(r"DataLoader worker \(pid|process pool|shared memory|/multiprocessing/")
 
 
 def command(main):
@@ -95,15 +96,15 @@ def _explain(error):
 
     What came first explains the rest: an error that a signal or a lost worker led to is theirs.
     """
-    chain = [error]
-    while before := chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(before)
-    for each in chain:
-        if isinstance(each, signals.Stopped):
-            return 128 + each.args[0], signals.reason(*each.args)
-    text = str(error).strip()
-    lost = [e for e in chain if type(e) is RuntimeError and LOST_WORKER.search(str(e))]
-    if lost or (isinstance(error, ConnectionError | EOFError) and not _is_of_stdout()):
+    first = error
+    while not isinstance(first, signals.Stopped) and (first.__cause__ or first.__context__):
+        first = first.__cause__ or first.__context__
+    text, whole = str(error).strip(), "".join(traceback.format_exception(error))
+    if isinstance(first, signals.Stopped):
+        return 128 + first.args[0], signals.reason(*first.args)
+    if isinstance(error, OSError | EOFError | RuntimeError | UserError) and LOST_WORKER.search(
+        whole
+    ):
         fault = "a loader's process was killed, by a lack of memory or of shared memory (/dev/shm)"
         return 2, f"workers: {fault}; set workers=0, or give Docker a larger --shm-size; {GO_ON}"
     if isinstance(error, UserError):  # of a loader: inside its worker's traceback, at its end
@@ -114,9 +115,7 @@ def _explain(error):
     if isinstance(error, MemoryError) or "can't allocate memory" in text:  # on a CPU
         return 2, f"there is not enough memory; {LESS_MEMORY}"
     if isinstance(error, OSError) and error.args:
-        place = error.filename or next(iter(files.locked()), "a file")
-        if _is_of_stdout():
-            place = "the output (stdout)"
+        place = error.filename or _failed_stdout() or next(iter(files.locked()), "a file")
         return 2, f"{place}: {files.reason(error)}"
     is_loss = isinstance(error, dist.DistError) or "gloo" in text
     if isinstance(error, RuntimeError) and is_loss and dist.is_initialized():
@@ -124,13 +123,12 @@ def _explain(error):
     return None, None
 
 
-def _is_of_stdout():
-    """Return whether stdout has failed: its reader is gone, as after `| head`, or its disk full."""
+def _failed_stdout():
+    """Return "stdout" if its reader is gone, as after `| head`, or its disk is full."""
     try:
-        _flush()
+        print(flush=True)
     except OSError:
-        return True
-    return False
+        return "stdout"
 
 
 class Parser(argparse.ArgumentParser):
