@@ -11,7 +11,6 @@ predictions/, overlays/ and comparison.png beside it, or into DIR.
 """
 
 from engine.command import arguments, command  # isort: skip  (first: it answers Ctrl-C)
-
 import json
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import torch
 
 from datasets import Folder, Images, Video, Whole
 from engine.config import NULL, TEXT, UserError, check_known, either, mapping, number
-from engine.files import find, load_tensors, read_json, write_atomically, write_text
+from engine.files import find, load_tensors, write_atomically, write_text
 from engine.images import image_writer, paint, read_image, resize, video_writer, write_image
 from engine.processes import barrier, rank, world
 from engine.run import Run
@@ -154,10 +153,12 @@ def segment(run, model, whole, key, out=None, stage=None, pictured=(), ids=False
 
 def read_results(path):
     """Return what results.json holds: stage -> scores. Raises UserError where it is damaged."""
-    results = read_json(path.read_bytes(), {}, path) if path.exists() else {}
-    for stage, entry in results.items():
-        check_known(entry, SCORES, f"{path}: {stage} is damaged, remove the file")
-    return results
+    fault = f"{path}: is damaged, remove it and evaluate again"
+    try:
+        results = check_known(json.loads(path.read_bytes()) if path.exists() else {}, {}, fault)
+    except ValueError as error:
+        raise UserError(f"{fault} ({error})") from error
+    return {stage: check_known(entry, SCORES, fault) for stage, entry in results.items()}
 
 
 def values_of(prediction, cfg):

@@ -112,12 +112,6 @@ def predictions(run, model, whole, scales, tile=None):
         yield sample, probability_labels(logits, sample["shape"])[0], outputs
 
 
-def _is_better(path, step, miou):
-    """Return whether a checkpoint of an earlier step, and so of this run, has a higher mIoU."""
-    best = load_tensors(path) if path.exists() else {}
-    return best.get("step", step) < step and best.get("miou", -1) >= miou
-
-
 def validate(run, step, images, recalibration, student, teacher):
     """Log both networks' mIoU on labelled images; keep the best student as {stage}_best_on_val.pth.
 
@@ -135,6 +129,8 @@ def validate(run, step, images, recalibration, student, teacher):
         miou = matrix.scores(names)["miou"]
         figures[f"val_miou_{name}"] = round(miou, 4)
         best = run.folder / f"{run.stage}_best_on_val.pth"
-        if name == "student" and not _is_better(best, step, miou):
+        old = load_tensors(best) if best.exists() else {}  # of a later step: of another run
+        kept = old.get("step", step) < step and old.get("miou", -1) >= miou
+        if name == "student" and not kept:
             run.save(best, step, {"student": model}, miou=miou)
     write_log(run.folder, run.stage, step=step, **figures)

@@ -4,7 +4,6 @@ Leaves runs/NAME/selftrain.pth:  python selftrain.py --cfg config.yaml --init wa
 """
 
 from engine.command import arguments, command  # isort: skip  (first: it answers Ctrl-C)
-
 import itertools
 import math
 

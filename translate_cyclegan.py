@@ -7,7 +7,6 @@ that the source's labels stay valid. Only G: source -> target is used afterwards
 """
 
 from engine.command import arguments, command  # isort: skip  (first: it answers Ctrl-C)
-
 from pathlib import Path
 
 import torch

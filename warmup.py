@@ -5,7 +5,6 @@ python warmup.py --as source_only warmup.distill=0 warmup.crdomix=false bn_recal
 """
 
 from engine.command import arguments, command  # isort: skip  (first: it answers Ctrl-C)
-
 import torch
 
 from augment import cross_domain_mix

@@ -22,6 +22,7 @@ from engine.signals import GO_ON
 
 LESS_MEMORY = "raise accumulate, lower crop or evaluation.tile, or set model.output_stride=16"
 LOST_WORKER = re.compile(r"DataLoader worker \(pid|process pool|shared memory|/multiprocessing/")
+EXPECTED = OSError, EOFError, RuntimeError, UserError
 
 
 def command(main):
@@ -33,8 +34,7 @@ def command(main):
     is_script = sys.stderr is not None and sys.stderr is sys.__stderr__
     if is_script and not sys.flags.dev_mode:
         _silence_libraries()
-    # a shell leaves the ~ of key=~/data as it is
-    home = os.path.expanduser("~")  # noqa: PTH111
+    home = os.path.expanduser("~")  # noqa: PTH111  # a shell leaves the ~ of key=~/data as it is
     sys.argv[1:] = [re.sub(r"(^|(?<==))~(?=/)", lambda _: home, arg) for arg in sys.argv[1:]]
     handlers = signals.handle(signals.stop, signals.stop)
     try:
@@ -44,28 +44,25 @@ def command(main):
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
-        _flush()
+        print(end="", flush=True)
     except (Exception, signals.Stopped) as error:
         signals.ignore()  # torchrun stops the other processes as soon as one has ended
-        if hasattr(signal, "SIGCHLD"):  # with it, a loader reports each worker that is killed below
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         code, reason = _explain(error)
         if code is None:
             raise
         if processes.is_first_to_end():
             reason = "".join(c if c.isprintable() else repr(c)[1:-1] for c in reason)
             with contextlib.suppress(OSError):
-                print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr, flush=True)
+                print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
         sys.exit(code)
     finally:
         signals.ignore()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # it must not replace the error above
             files.unlock_all()
         for worker in multiprocessing.active_children():  # of a loader that ended before its data
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             worker.kill()
-        try:
-            _flush()
-        except OSError:  # Python would fail once more when it ends
+        if _stdout_fails():  # Python would fail once more when it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if not is_script:
             signals.handle(*handlers)
@@ -81,30 +78,22 @@ def _silence_libraries():
     sys.unraisablehook = _unraisable
 
 
-def _unraisable(hook):  # in __del__, where nothing can be raised
-    if isinstance(hook.exc_value, signals.Stopped):
+def _unraisable(hook):
+    if isinstance(hook.exc_value, signals.Stopped):  # in __del__, where nothing is raised
         signals.leave(*hook.exc_value.args, None)
-
-
-def _flush():
-    if sys.stdout is not None:
-        sys.stdout.flush()
 
 
 def _explain(error):
     """Return the exit code and the line for what ended main(); None, None for a fault of the code.
 
-    What came first explains the rest: an error that a signal or a lost worker led to is theirs.
+    An error that a signal or a lost worker led to is theirs.
     """
-    first = error
+    first, text, whole = error, str(error).strip(), "".join(traceback.format_exception(error))
     while not isinstance(first, signals.Stopped) and (first.__cause__ or first.__context__):
         first = first.__cause__ or first.__context__
-    text, whole = str(error).strip(), "".join(traceback.format_exception(error))
     if isinstance(first, signals.Stopped):
-        return 128 + first.args[0], signals.reason(*first.args)
-    if isinstance(error, OSError | EOFError | RuntimeError | UserError) and LOST_WORKER.search(
-        whole
-    ):
+        return 128 + first.args[0], str(first)
+    if LOST_WORKER.search(whole) and isinstance(error, EXPECTED):
         fault = "a loader's process was killed, by a lack of memory or of shared memory (/dev/shm)"
         return 2, f"workers: {fault}; set workers=0, or give Docker a larger --shm-size; {GO_ON}"
     if isinstance(error, UserError):  # of a loader: inside its worker's traceback, at its end
@@ -115,7 +104,7 @@ def _explain(error):
     if isinstance(error, MemoryError) or "can't allocate memory" in text:  # on a CPU
         return 2, f"there is not enough memory; {LESS_MEMORY}"
     if isinstance(error, OSError) and error.args:
-        place = error.filename or _failed_stdout() or next(iter(files.locked()), "a file")
+        place = error.filename or ("stdout" if _stdout_fails() else next(iter(files.locks), "disk"))
         return 2, f"{place}: {files.reason(error)}"
     is_loss = isinstance(error, dist.DistError) or "gloo" in text
     if isinstance(error, RuntimeError) and is_loss and dist.is_initialized():
@@ -123,12 +112,13 @@ def _explain(error):
     return None, None
 
 
-def _failed_stdout():
-    """Return "stdout" if its reader is gone, as after `| head`, or its disk is full."""
+def _stdout_fails():
+    """Return whether the reader of stdout is gone, as after `| head`, or its disk is full."""
     try:
-        print(flush=True)
+        print(end="", flush=True)
     except OSError:
-        return "stdout"
+        return True
+    return False
 
 
 class Parser(argparse.ArgumentParser):

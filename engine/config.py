@@ -188,10 +188,10 @@ def check(tree, schema, origin, prefix="", whole=None):
 
 
 def check_known(tree, schema, origin):
-    """Return a tree that a file holds. Raises UserError unless what the schema knows fits it."""
+    """Return a tree. Raises UserError unless it is a dict whose values fit the schema's rules."""
     require(isinstance(tree, dict), origin, "what it holds", tree, "be a mapping")
-    known = {key: rule for key, rule in schema.items() if key in tree}
-    check({key: tree[key] for key in known}, known, origin)
+    for key in schema.keys() & tree.keys():
+        require(schema[key][1](tree[key]), origin, key, tree[key], f"be {schema[key][0]}")
     return tree
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import json
 import os
 import platform
 from pathlib import Path
@@ -13,7 +12,7 @@ import psutil
 import torch
 
 from engine import config
-from engine.config import FLAG, TEXT, UserError, integer, mapping, number, one_line, plain
+from engine.config import TEXT, UserError, integer, mapping, number, one_line, plain
 
 # keys that may differ between a checkpoint and the command that goes on with it
 FREE_KEYS = {
@@ -24,12 +23,12 @@ ANY_TEXT = "text", lambda v: isinstance(v, str)
 TENSORS = mapping(ANY_TEXT, ("a tensor", lambda v: isinstance(v, torch.Tensor)), low=0)
 SUMS = config.sequence(number(-1e300, 1e300), 2, 2)
 CHECKPOINT = {
-    "stage": TEXT, "step": integer(0), "config": ("a mapping", lambda v: isinstance(v, dict)),
-    "inputs": mapping(ANY_TEXT, TEXT, low=0), "forced": FLAG, "seconds": number(0, 1e12),
+    "step": integer(0), "config": ("a mapping", lambda v: isinstance(v, dict)),
+    "inputs": mapping(ANY_TEXT, TEXT, low=0), "seconds": number(0, 1e12),
     "overall": mapping(TEXT, SUMS, low=0), "miou": number(0, 100),
     "student": TENSORS, "teacher": TENSORS, "generator": TENSORS,
 }  # fmt: skip
-_locks = {}  # folder -> the lock that this process holds on it
+locks = {}  # folder -> the lock that this process holds on it
 
 
 def write_atomically(path, write):
@@ -85,15 +84,6 @@ def load_tensors(path):
     return config.check_known(state, CHECKPOINT, f"{path}: {damaged}")
 
 
-def read_json(data, schema, origin):
-    """Return the JSON object in bytes, whose known values fit the schema. Raises UserError."""
-    try:
-        tree = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{origin}: is damaged, remove it ({one_line(error)})") from error
-    return config.check_known(tree, schema, f"{origin}: is damaged, remove it")
-
-
 def find(path, cfg):
     """Return `path`, or else the file of this name in the run's folder. Raises UserError."""
     for found in (Path(path), Path(cfg.output) / cfg.name / path):
@@ -122,27 +112,22 @@ def require_same(path, cfg, section, inputs):
 
 def lock(folder, stage):
     """Create a run's folder and lock it until unlock_all. Raises UserError if it is locked."""
-    if folder in _locks:
+    if folder in locks:
         return
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / ".lock"
     try:
-        _locks[folder] = filelock.FileLock(file).acquire(blocking=False).lock
+        locks[folder] = filelock.FileLock(file).acquire(blocking=False).lock
     except filelock.Timeout as error:
         owner = file.read_text(encoding="utf-8", errors="replace") or "another process"
         raise UserError(f"{folder}: {owner} is at work here; wait, or set name=...") from error
     file.write_text(f"process {os.getpid()} on {platform.node()} ({stage})", encoding="utf-8")
 
 
-def locked():
-    """Return the folders of runs that this process works in."""
-    return list(_locks)
-
-
 def unlock_all():
     """Release all locks; remove a folder in which nothing else was written."""
-    while _locks:
-        folder, held = _locks.popitem()
+    while locks:
+        folder, held = locks.popitem()
         held.release()
         if [path.name for path in folder.glob("*")] == [".lock"]:
             (folder / ".lock").unlink()

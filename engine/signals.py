@@ -1,47 +1,42 @@
 """SIGINT and SIGTERM: raised as Stopped at once, but in a training loop only after the step.
 
-While a script is still importing, and once Stopped is on its way, they end the process at once.
+During imports, and when one is repeated, they end the process at once.
 """
 
-import contextlib
 import multiprocessing
 import os
 import signal
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
 GO_ON = "the same command goes on from the last checkpoint"
-_owner = None  # the process that answers; a worker that was just forked has its handlers too
+ROOT = Path(__file__).parent.parent
+_owner = None  # the process that answers: a worker has its handlers too, until it ignores both
 
 
 class Stopped(BaseException):
     """SIGINT or SIGTERM arrived; its only argument is the signal's number."""
 
-
-def reason(number):
-    """Return what a signal's end of a command is called, without the command's name."""
-    return f"stopped by {signal.Signals(number).name}; {GO_ON}"
+    def __str__(self):
+        return f"stopped by {signal.Signals(*self.args).name}; {GO_ON}"
 
 
 def stop(number, _):
     """Handle a signal: raise Stopped."""
     if os.getpid() == _owner:
-        # torchrun sends a signal of its own to each process; a user who repeats one is impatient
-        alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-        handle(*[leave if alone else signal.SIG_IGN] * 2)
+        # torchrun repeats a signal; so does an impatient user
+        handle(*[signal.SIG_IGN if "RANK" in os.environ else leave] * 2)
         raise Stopped(number)
 
 
 def leave(number, _):
-    """Handle a signal: end the process, with a line on stderr."""
+    """Handle a signal: end the process and its workers, with a line on stderr."""
     if os.getpid() == _owner:
-        for child in multiprocessing.active_children():
-            child.kill()
-        if os.environ.get("RANK", "0") == "0":
-            with contextlib.suppress(Exception):  # without print: it may be at work
-                line = f"{Path(sys.argv[0]).name}: {reason(number)}\n"
-                os.write(sys.stderr.fileno(), line.encode())
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        if sys.stderr and os.environ.get("RANK", "0") == "0":  # print may be at work
+            name = Path(sys.argv[0]).name
+            os.write(sys.stderr.fileno(), f"{name}: {Stopped(number)}\n".encode())
         os._exit(128 + number)
 
 
@@ -57,5 +52,5 @@ def ignore():
     handle(signal.SIG_IGN, signal.SIG_IGN)
 
 
-if Path(sys.argv[0]).resolve().parent in (ROOT, ROOT / "tools"):  # a script of ours, no test
+if Path(sys.argv[0]).resolve().parent in (ROOT, ROOT / "tools"):  # a script of ours, not a test
     handle(leave, leave)

@@ -13,17 +13,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import warnings
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 import yaml
+from conftest import ROOT, same, state
 from conftest import dataset as make_dataset
-from conftest import same, state
 
+import datasets
 from engine.command import command
+from engine.config import UserError
 
 LONG = bool(os.environ.get("LONG"))
 FORKS = multiprocessing.get_context("forkserver")
@@ -35,17 +39,32 @@ FAST += ("save_every=1", "warmup.steps=3", "selftrain.steps=2", "bn_images=2")
 VALUES = [None, 3, -1, "x", "", [], {}, [1, [2]], {"a": {}}, 1e300, True, "\n", torch.zeros(2)]
 
 
-def _child(script, arguments, folder, out):
+def _child(script, arguments, folder, out, env, stdout, chatty):
     os.setsid()
+    os.environ |= env
     for stream in (1, 2):
-        os.dup2(os.open(f"{out}.{stream}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
-    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
+        path = stdout if stdout and stream == 1 else f"{out}.{stream}"
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
+    encoding = env.get("PYTHONIOENCODING", "utf-8")
+    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False, encoding=encoding)  # noqa: SIM115
     sys.stderr = sys.__stderr__ = open(2, "w", closefd=False)  # noqa: SIM115
     os.chdir(folder)
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)
     sys.argv = [f"{script}.py", *arguments]
+    if chatty:
+        datasets.read_image = read_chattily
     command(importlib.import_module(script).main)
+
+
+def read_chattily(path):
+    """Fail as a library does."""
+    os.write(2, b"libpng error: CRC\n")
+    warnings.warn("of a library", stacklevel=1)
+    thread = threading.Thread(target=lambda: 1 / 0)
+    thread.start()
+    thread.join()
+    raise UserError(f"{path}: is broken")
 
 
 class Case:
@@ -57,9 +76,10 @@ class Case:
         text = (folder / "test.yaml").read_text().replace(str(template), str(folder))
         (folder / "test.yaml").write_text(text)
 
-    def start(self, script, *arguments, cfg="test.yaml"):
+    def start(self, script, *arguments, cfg="test.yaml", env=None, stdout=None, chatty=False):
         own = [] if script == "tools.report" else ["--cfg", str(self.folder / cfg), *FAST]
         arguments = (script, [*own, *map(str, arguments)], self.folder, self.folder / "out")
+        arguments += (env or {}, stdout, chatty)
         self.process = FORKS.Process(target=_child, args=arguments)
         self.process.start()
         return self.process
@@ -303,3 +323,138 @@ def test_trial(template, tmp_path, seed):
         assert same(ours["student"], whole["student"])
         assert same(ours["teacher"], whole["teacher"])
     shutil.rmtree(tmp_path / "case")
+
+
+# ---------------------------------------------------------------- one test for each cause
+
+
+@pytest.fixture
+def case(template, tmp_path):
+    return Case(template, tmp_path / "case")
+
+
+def refused(outcome, *parts):
+    """Require exit code 2 and one line that has these parts."""
+    code, _, err = outcome
+    assert (code, len(err.splitlines())) == (2, 1), err
+    assert all(str(part) in err for part in parts), err
+
+
+def test_a_forced_run_replaces_a_result_only_by_a_finished_one(case):
+    result, label = case.run / "warmup.pth", case.folder / "game/labels/00003.png"
+    old, moved = result.read_bytes(), label.rename(case.folder / "label.png")
+    refused(case.call("warmup", "--force"), "00003")
+    refused(case.call("selftrain", "--force", "--init", "none.pth"), "none.pth")
+    moved.rename(label)
+    forced = "warmup", "--force", "warmup.steps=30", "seed=5"
+    case.start(*forced)
+    wait_until(case, (case.run / "warmup.unfinished.pth").exists)
+    os.kill(case.process.pid, signal.SIGTERM)
+    assert case.end()[0] == 143
+    assert result.read_bytes() == old
+    assert case.call("warmup")[0] == 0  # of the finished result, which is that of this command
+    step = state(case.run / "warmup.unfinished.pth")["step"]
+    log = (case.run / "log.jsonl").read_text()
+    assert case.call(*forced)[0] == 0
+    added = (case.run / "log.jsonl").read_text().removeprefix(log)
+    assert f'"step": {step + 1},' in added
+    assert f'"step": {step},' not in added
+    assert case.call("warmup", *forced[2:], "name=whole")[0] == 0
+    assert same(state(result)["student"], state(case.folder / "runs/whole/warmup.pth")["student"])
+    # an unfinished checkpoint of a start without --force is not gone on from
+    shutil.copy(case.folder / "unfinished.pth", case.run / "warmup.unfinished.pth")
+    log = (case.run / "log.jsonl").read_text()
+    assert case.call("warmup", "--force")[0] == 0
+    assert '"step": 1,' in (case.run / "log.jsonl").read_text().removeprefix(log)
+
+
+def test_what_libraries_write_to_stderr_is_not_seen(case):
+    refused(case.call("warmup", "--as", "new", chatty=True), "is broken")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_imports(case, number):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, ROOT / "warmup.py", "--cfg", case.folder / "test.yaml"]
+    process = subprocess.Popen(command, cwd=case.folder, **pipes)
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "numpy" not in maps.read_text() and "libtorch" not in maps.read_text():
+        time.sleep(0.01)
+    process.send_signal(number)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert (len(err.splitlines()), "stopped by" in err) == (1, True), err
+
+
+def test_a_lost_worker_a_full_disk_a_closed_pipe(case):
+    train = "warmup", "warmup.steps=2000", "save_every=1000", "name=new"
+    case.start(*train, "workers=1")
+    process = psutil.Process(case.process.pid)
+    wait_until(case, (case.folder / "runs/new/log.jsonl").exists)
+    process.children()[0].kill()
+    refused(case.end(), "workers=0", "--shm-size")
+    refused(case.call(*train, stdout="/dev/full"), "stdout", "No space left")
+    refused(case.call("warmup", f"output={case.folder}/test.yaml"), "test.yaml")
+    case.start(*train)
+    wait_until(case, lambda: '"step": 3,' in (case.folder / "runs/new/log.jsonl").read_text())
+    shutil.rmtree(case.folder / "runs/new")
+    refused(case.end(), "runs/new")
+
+
+def test_files_whose_content_is_not_what_it_should_be(case):
+    path, saved = case.run / "warmup.pth", state(case.run / "warmup.pth")
+    for key, value in (("config", 3), ("student", [1]), ("step", "x"), ("inputs", None)):
+        torch.save(saved | {key: value}, path)
+        refused(case.call("evaluate", "--weights", path), path, key)
+        refused(case.call("selftrain", "--force"), path, key)
+    torch.save(saved | {"config": saved["config"] | {"classes": 7}}, path)
+    refused(case.call("evaluate", "--weights", path), path, "classes")
+    path.write_bytes(b"")
+    refused(case.call("evaluate", "--weights", path), path, "restore")
+    log, results = case.run / "log.jsonl", case.run / "results.json"
+    whole = log.read_bytes()
+    log.write_bytes(whole[:-9])
+    assert case.call("tools.report", case.run)[0] == 0
+    torch.save(saved, path)
+    assert case.call("warmup", "--as", "second", "warmup.steps=1")[0] == 0
+    assert log.read_bytes().startswith(whole[: whole[:-9].rfind(b"\n") + 1] + b'{"stage": "second"')
+    results.write_bytes(results.read_bytes()[:-9])
+    refused(case.call("tools.report", case.run), results, "remove")
+    refused(case.call("evaluate"), results, "remove")
+
+
+def test_paths_as_people_give_them(case, monkeypatch):
+    monkeypatch.setenv("HOME", str(case.folder))
+    text = (case.folder / "test.yaml").read_text().replace(f"{case.folder}/game", "~/game")
+    (case.folder / "straße\n.yaml").write_text(text.replace("car:", "größe:"))
+    env = {"HOME": str(case.folder), "PYTHONIOENCODING": "ascii"}
+    new = "--as", "new", "warmup.steps=1", "name=new"
+    more = {"cfg": "straße\n.yaml", "env": env}
+    code, _, err = case.call("warmup", *new, "val.root=~/camera", "output=~/ü", **more)
+    assert code == 0, err
+    assert (case.folder / "ü/new/new.pth").is_file()
+    refused(case.call("evaluate", "--weights", os.fsdecode(b"a\n\xff.pth"), **more), r"a\n\udcff")
+    left = case.run / "samples/.x.png.999999999.partial"
+    left.write_bytes(b"half")
+    assert case.call("warmup")[0] == 0
+    assert not left.exists()
+    elsewhere = case.folder / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "my.yaml").write_text((case.folder / "test.yaml").read_text())
+    command = ["bash", ROOT / "run_all.sh", "my.yaml", "name=all", "output=out", "stages=[warmup]"]
+    ended = subprocess.run([*command, *FAST], cwd=elsewhere, capture_output=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert (elsewhere / "out/all/report.html").is_file()
+
+
+def test_work_without_bound(case):
+    many = ", ".join(["*a"] * 9)
+    lines = ["bomb:", "  k0: &a [x, x]", *(f"  k{n}: &a [{many}]" for n in range(1, 30))]
+    text = (case.folder / "test.yaml").read_text()
+    (case.folder / "bomb.yaml").write_text("\n".join([text, *lines]))
+    os.mkfifo(case.folder / "pipe")
+    refused(case.call("warmup", cfg="bomb.yaml"), "bomb.yaml", "bomb")
+    refused(case.call("warmup", cfg="pipe"), "pipe")
+    refused(case.call("evaluate", "--weights", case.folder / "pipe"), "pipe")
+    refused(case.call("warmup", f"output={case.folder}/pipe"), "pipe")

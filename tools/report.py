@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from engine import config
 from engine.config import NULL, TEXT, UserError, either, integer
-from engine.files import FREE_KEYS, read_json
+from engine.files import FREE_KEYS
 from engine.images import read_image, resize
 from evaluate import STAGES, gallery, read_results, what_to_segment
 from settings import classes, load_config, load_saved
@@ -87,6 +87,14 @@ def read_run(folder):
     if environment.is_file():
         read["environment"] = read_json(environment.read_bytes(), {"device": TEXT}, environment)
     return {"folder": folder, "config": load_saved(config, (), config), **read}
+
+
+def read_json(data, schema, origin):
+    """Return the JSON object in bytes, whose known values fit the schema. Raises UserError."""
+    try:
+        return config.check_known(json.loads(data), schema, f"{origin}: is damaged, remove it")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{origin}: is damaged, remove it ({error})") from error
 
 
 def read_log(path):
