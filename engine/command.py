@@ -6,7 +6,6 @@ import faulthandler
 import multiprocessing
 import os
 import re
-import signal
 import sys
 import threading
 import traceback
@@ -60,7 +59,6 @@ def command(main):
         with contextlib.suppress(OSError):  # it must not replace the error above
             files.unlock_all()
         for worker in multiprocessing.active_children():  # of a loader that ended before its data
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             worker.kill()
         if _stdout_fails():  # Python would fail once more when it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -49,6 +49,8 @@ def handle(on_sigint, on_sigterm):
 
 def ignore():
     """Ignore both signals: in a worker, whose parent answers them, or once a process is ending."""
+    if hasattr(signal, "SIGCHLD"):  # with it, torch raises an error for each worker that is lost
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     handle(signal.SIG_IGN, signal.SIG_IGN)
 
 

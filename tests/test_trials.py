@@ -72,9 +72,8 @@ class Case:
 
     def __init__(self, template, folder):
         self.folder, self.run = folder, folder / "runs/test"
+        shutil.rmtree(folder, ignore_errors=True)  # always the same: a checkpoint knows its data
         shutil.copytree(template, folder, symlinks=True)
-        text = (folder / "test.yaml").read_text().replace(str(template), str(folder))
-        (folder / "test.yaml").write_text(text)
 
     def start(self, script, *arguments, cfg="test.yaml", env=None, stdout=None, chatty=False):
         own = [] if script == "tools.report" else ["--cfg", str(self.folder / cfg), *FAST]
@@ -105,7 +104,7 @@ class Case:
 @pytest.fixture(scope="module")
 def template(tmp_path_factory):
     """A folder with data and one finished run, made once."""
-    folder = tmp_path_factory.mktemp("trials") / "template"
+    folder = tmp_path_factory.mktemp("trials") / "case"
     folder.mkdir()
     make_dataset.__wrapped__(folder)
     case = Case.__new__(Case)
@@ -123,7 +122,8 @@ def template(tmp_path_factory):
     case.process.join()
     half.rename(folder / "unfinished.pth")
     shutil.rmtree(folder / "runs/half")
-    yield folder
+    template = folder.rename(folder.with_name("template"))
+    yield template
     print(*(f"{name} {code}: {n}" for (name, code), n in sorted(OUTCOMES.items())), sep="\n")
 
 
@@ -295,10 +295,10 @@ OUTCOMES = {}
 
 
 @pytest.mark.parametrize("seed", range(1100 if LONG else 64))
-def test_trial(template, tmp_path, seed):
+def test_trial(template, seed):
     rng = random.Random(seed)
     trial = [t for t, count in TRIALS.items() for _ in range(count)][seed % 64]
-    case = Case(template, tmp_path / "case")
+    case = Case(template, template.with_name("case"))
     case.damaged, case.again = set(), None
     finished = {path: path.read_bytes() for path in case.run.glob("*.pth")}
     code, out, err = trial(case, rng)
@@ -322,15 +322,14 @@ def test_trial(template, tmp_path, seed):
         ours, whole = (state(case.folder / f"runs/{n}/warmup.pth") for n in ("test", "whole"))
         assert same(ours["student"], whole["student"])
         assert same(ours["teacher"], whole["teacher"])
-    shutil.rmtree(tmp_path / "case")
 
 
 # ---------------------------------------------------------------- one test for each cause
 
 
 @pytest.fixture
-def case(template, tmp_path):
-    return Case(template, tmp_path / "case")
+def case(template):
+    return Case(template, template.with_name("case"))
 
 
 def refused(outcome, *parts):
