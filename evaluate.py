@@ -155,7 +155,7 @@ def read_results(path):
     """Return what results.json holds: stage -> scores. Raises UserError where it is damaged."""
     fault = f"{path}: is damaged, remove it and evaluate again"
     try:
-        results = check_known(json.loads(path.read_bytes()) if path.exists() else {}, {}, fault)
+        results = check_known(json.loads(path.read_bytes()) if path.is_file() else {}, {}, fault)
     except ValueError as error:
         raise UserError(f"{fault} ({error})") from error
     return {stage: check_known(entry, SCORES, fault) for stage, entry in results.items()}
