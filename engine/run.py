@@ -1,5 +1,6 @@
 """One stage at work in the folder of its run: where it writes, what it resumes, its steps."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -77,15 +78,13 @@ class Run:
         for path in filter(Path.is_file, map(Path, inputs)):
             self.inputs[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
         path = self.result if self.result.exists() and not force else self.unfinished
-        try:
-            saved = path.exists() and files.require_same(path, self.cfg, self.section, self.inputs)
-        except UserError:
-            if not force:
-                raise
-            saved = {}
+        saved = {}
+        with contextlib.suppress(*[UserError] * force):
+            if path.exists():
+                saved = files.require_same(path, self.cfg, self.section, self.inputs)
         if path == self.result:
             print(f"{self.stage}: {self.result} is finished; --force makes it anew")
-        return path == self.result, not force or bool(saved and saved.get("forced"))
+        return path == self.result, not force or saved.get("forced") is True
 
     def describe(self):
         """Write config.yaml, as resolved, and environment.json into the folder, in rank 0."""
