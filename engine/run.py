@@ -27,6 +27,8 @@ class Run:
         self.folder = Path(cfg.output) / cfg.name
         self.result = self.folder / f"{stage}.pth"
         self.unfinished = self.folder / f"{stage}.unfinished.pth"
+        if rank() == 0:
+            files.remove_partial(self.folder)
         self.device, self.dtype = device.choose(cfg.device, cfg.precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.gradient_means, self.figures = [], Loop(self.folder, stage, self.device)
@@ -74,7 +76,6 @@ class Run:
     def _look(self, force, inputs):
         """Return whether the stage is finished, and whether its unfinished checkpoint counts."""
         files.lock(self.folder, self.stage)
-        files.remove_partial(self.folder)
         for path in filter(Path.is_file, map(Path, inputs)):
             self.inputs[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
         path = self.result if self.result.exists() and not force else self.unfinished

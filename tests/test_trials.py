@@ -438,6 +438,9 @@ def test_paths_as_people_give_them(case, monkeypatch):
     left.write_bytes(b"half")
     assert case.call("warmup")[0] == 0
     assert not left.exists()
+    left.write_bytes(b"half")
+    assert case.call("evaluate")[0] == 0
+    assert not left.exists()
     elsewhere = case.folder / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "my.yaml").write_text((case.folder / "test.yaml").read_text())
