@@ -10,6 +10,7 @@ Scores go to results.json in the run's folder (without --cfg: the checkpoint's f
 predictions/, overlays/ and comparison.png beside it, or into DIR.
 """
 
+from engine.command import arguments, command  # isort: skip  (first: it answers Ctrl-C)
 import json
 from pathlib import Path
 
@@ -18,8 +19,7 @@ import numpy as np
 import torch
 
 from datasets import Folder, Images, Video, Whole
-from engine.command import arguments, command
-from engine.config import UserError
+from engine.config import NULL, TEXT, UserError, check_known, either, mapping, number
 from engine.files import find, load_tensors, write_atomically, write_text
 from engine.images import image_writer, paint, read_image, resize, video_writer, write_image
 from engine.processes import barrier, rank, world
@@ -29,6 +29,9 @@ from metrics import ConfusionMatrix, predictions
 from models import load_segmenter, require_sizes
 from settings import classes, label_values, load_config, load_saved
 
+SCORE = either(number(0, 100), NULL)
+SCORES = {"dataset": TEXT, "miou": SCORE, "pixel_accuracy": SCORE, "teacher_miou": SCORE}
+SCORES["iou"] = either(mapping(TEXT, SCORE, low=0), NULL)
 STAGES = ("source_only", "warmup", "selftrain_round1", "selftrain", "oracle")  # the table's order
 
 
@@ -122,7 +125,7 @@ def evaluate(run, path, datasets, out, args):
         scores["step"] = saved.get("step")
         if rank() == 0:
             file = run.folder / "results.json"
-            results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+            results = read_results(file)
             text = json.dumps(scores)
             results[stage] = json.loads(text, parse_float=lambda digits: round(float(digits), 3))
             order = sorted(results, key=[*STAGES, *results].index)
@@ -147,6 +150,16 @@ def segment(run, model, whole, key, out=None, stage=None, pictured=(), ids=False
                     write(out / "ids" / stage / picture, values_of(prediction, cfg))
     dataset = key if key == "val" else f"more_val.{key}"
     return matrix.scores(names, cfg.evaluation.subsets, dataset) if scored else {}
+
+
+def read_results(path):
+    """Return what results.json holds: stage -> scores. Raises UserError where it is damaged."""
+    fault = f"{path}: is damaged, remove it and evaluate again"
+    try:
+        results = check_known(json.loads(path.read_bytes()) if path.is_file() else {}, {}, fault)
+    except ValueError as error:
+        raise UserError(f"{fault} ({error})") from error
+    return {stage: check_known(entry, SCORES, fault) for stage, entry in results.items()}
 
 
 def values_of(prediction, cfg):
@@ -225,7 +238,7 @@ def summarise(run, stages, datasets, out):
     """Print the table of results and write comparison.png, the gallery as one picture."""
     key, cfg = next(iter(datasets)), run.cfg
     if any(whole.images.labelled for whole in datasets.values()):
-        results = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
+        results = read_results(run.folder / "results.json")
         print(table(results, list(classes(cfg))))
         if key == "val":
             stages = [stage for stage, entry in results.items() if entry["dataset"] == "val"]

@@ -129,6 +129,8 @@ def validate(run, step, images, recalibration, student, teacher):
         miou = matrix.scores(names)["miou"]
         figures[f"val_miou_{name}"] = round(miou, 4)
         best = run.folder / f"{run.stage}_best_on_val.pth"
-        if name == "student" and not (best.exists() and load_tensors(best)["miou"] >= miou):
+        old = load_tensors(best) if best.exists() else {}  # of a later step: of another run
+        kept = old.get("step", step) < step and old.get("miou", -1) >= miou
+        if name == "student" and not kept:
             run.save(best, step, {"student": model}, miou=miou)
     write_log(run.folder, run.stage, step=step, **figures)

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from engine.config import Config, UserError
-from engine.files import load_tensors
+from engine.config import UserError, check_known
+from engine.files import TENSORS, load_tensors
 from engine.processes import rank, sum_over_processes, world
-from settings import classes
+from settings import classes, load_saved
 
 
 class Segmenter(nn.Module):
@@ -262,17 +262,20 @@ def load_segmenter(path, cfg, which="student"):
     """Return a checkpoint's student or teacher (else None), and its entries. Raises UserError."""
     saved = load_tensors(path)
     if "layer0.0.weight" in saved:  # the authors' released student
+        check_known({"student": saved}, {"student": TENSORS}, path)
         config = {"classes": cfg.classes, "model": {"network": "deeplab_v2_resnet101"}}
         saved = {"student": from_authors(saved), "config": config}
     if not {"student", "config"} <= saved.keys():
         raise UserError(f"{path}: holds no segmentation network of warmup.py or selftrain.py")
-    trained = list(classes(Config(saved["config"])))
+    # keys that are newer than the checkpoint have the values of config.yaml
+    config = {key: saved["config"].get(key) for key in ("classes", "model")}
+    config = load_saved(config, (), f"{path}: config")
+    trained = list(classes(config))
     if trained != list(classes(cfg)):
         raise UserError(f"{path}: was trained for other classes: {', '.join(trained)}")
     if which not in saved:
         return None, saved
-    options = saved["config"]["model"] | {"weights": None}
-    model = build_segmenter(num_classes=len(trained), **options)
+    model = build_segmenter(num_classes=len(trained), **config.model | {"weights": None})
     load_exactly(model, saved[which], path)
     return model, saved
 
@@ -280,7 +283,8 @@ def load_segmenter(path, cfg, which="student"):
 def load_exactly(module, state, origin):
     """Load a state dict that fits, else raise a UserError: `origin`, and the keys that do not."""
     own = module.state_dict()
-    shapes = {k: (list(state[k].shape), list(own[k].shape)) for k in own.keys() & state.keys()}
+    both = own.keys() & state.keys()
+    shapes = {k: [list(getattr(x[k], "shape", "?")) for x in (state, own)] for k in both}
     faults = {
         "lacks": own.keys() - state.keys(),
         "has unknown": state.keys() - own.keys(),

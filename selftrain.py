@@ -3,6 +3,7 @@
 Leaves runs/NAME/selftrain.pth:  python selftrain.py --cfg config.yaml --init warmup.pth
 """
 
+from engine.command import arguments, command  # isort: skip  (first: it answers Ctrl-C)
 import itertools
 import math
 
@@ -11,7 +12,6 @@ from torch.utils.data import StackDataset
 
 from augment import FOR_STRONG, class_mix, cross_domain_mix, strong_view
 from datasets import Aligned, Crops, Images, RecalibrationImages, Whole, loader, translated_images
-from engine.command import arguments, command
 from engine.files import find
 from engine.images import image_writer, read_label
 from engine.loop import part_size

@@ -6,6 +6,7 @@ A CycleGAN (Zhu et al., ICCV 2017) with a loss that keeps borders between classe
 that the source's labels stay valid. Only G: source -> target is used afterwards.
 """
 
+from engine.command import arguments, command  # isort: skip  (first: it answers Ctrl-C)
 from pathlib import Path
 
 import torch
@@ -14,7 +15,6 @@ from torch import nn
 from torch.utils.data import StackDataset, Subset
 
 from datasets import Aligned, Crops, Images, Whole, loader
-from engine.command import arguments, command
 from engine.config import UserError
 from engine.files import load_tensors
 from engine.images import image_writer, read_image

@@ -4,11 +4,11 @@ python warmup.py --cfg config.yaml
 python warmup.py --as source_only warmup.distill=0 warmup.crdomix=false bn_recalibrate=[source]
 """
 
+from engine.command import arguments, command  # isort: skip  (first: it answers Ctrl-C)
 import torch
 
 from augment import cross_domain_mix
 from datasets import Crops, Images, RecalibrationImages, loader, translated_images
-from engine.command import arguments, command
 from engine.config import UserError, one_line, pattern
 from engine.loop import part_size
 from engine.run import Run

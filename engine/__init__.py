@@ -1,1 +1,3 @@
-"""What any training needs and is not part of the method."""
+"""What any training needs, and nothing of the method. Signals come first: torch takes seconds."""
+
+from engine import signals  # noqa: F401

@@ -5,6 +5,7 @@ A rule is a pair: what is expected, in words; the test of a value.
 """
 
 import difflib
+import os
 import re
 import reprlib
 from pathlib import Path
@@ -72,11 +73,15 @@ FLAG = choice(True, False)
 TEXT = ("text", lambda v: isinstance(v, str) and v == v.strip() != "" and v.isprintable())
 NAME = pattern("a name of letters, digits, - _ .", r"[\w.-]*\w")
 ANY = "*"  # as a key of a schema: any name
-reprlib.aRepr.maxstring = 120  # a few lines of YAML make a value whose repr() would never end
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
     """Safe loader of YAML 1.2's core schema (1.1 reads 1:30 as 90); refuses duplicate keys."""
+
+    def flatten_mapping(self, node):
+        super().flatten_mapping(node)
+        if len(node.value) > 10**5:  # merge keys of merge keys: the next would fill the memory
+            raise yaml.constructor.ConstructorError(None, None, "too large", node.start_mark)
 
     def construct_mapping(self, node, deep=False):
         pairs = super().construct_mapping(node, deep=True)
@@ -99,6 +104,8 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value,
 def read(path):
     """Return the mapping in a YAML file. Raises UserError."""
     try:
+        if not Path(path).is_file() and Path(path).exists():
+            raise OSError("it is not a regular file")
         with Path(path).open(encoding="utf-8") as file:
             text = file.read(2**20)
         if len(text) == 2**20:
@@ -116,7 +123,7 @@ def read_with_base(path, schema):
     tree, base = read(path), {}
     if "base" in tree:
         require(TEXT[1](tree["base"]), path, "base", tree["base"], "be a path")
-        base_path = Path(path).parent / tree.pop("base")
+        base_path = Path(path).parent / os.path.expanduser(tree.pop("base"))  # noqa: PTH111
         base = read(base_path)
         if "base" in base:
             raise UserError(f"{base_path}: is a base and names a base itself; one level is read")
@@ -153,6 +160,11 @@ def _parse(text, origin):
         raise UserError(f"{origin}: not valid YAML ({one_line(error)})") from error
 
 
+# aliases make of a few lines a value whose whole text fills the memory
+shown = reprlib.Repr()
+shown.maxlevel, shown.maxdict, shown.maxlist, shown.maxstring = 3, 16, 16, 120
+
+
 def one_line(value):
     """Return a value's text on one line of at most 120 characters."""
     text = " ".join(str(value)[:10000].split())
@@ -170,7 +182,7 @@ def check(tree, schema, origin, prefix="", whole=None):
     for key, value in tree.items():
         if key not in schema:
             name = f"{prefix}{one_line(key)}"
-            found, known = one_line(f"{name} = {reprlib.repr(value)}"), nearest(name, whole)
+            found, known = one_line(f"{name} = {shown.repr(value)}"), nearest(name, whole)
             raise UserError(f"{origin}: unknown key {found}; the nearest is {known}")
     for key, rule in schema.items():
         name, value = f"{prefix}{key}", tree.get(key)
@@ -182,8 +194,16 @@ def check(tree, schema, origin, prefix="", whole=None):
             value = check(value, rule, origin, f"{name}.", whole)
         else:
             require(rule[1](value), origin, name, value, f"be {rule[0]}")
-        checked[key] = value
+        checked[key] = os.path.expanduser(value) if isinstance(value, str) else value  # noqa: PTH111
     return checked
+
+
+def check_known(tree, schema, origin):
+    """Return a tree. Raises UserError unless it is a dict whose values fit the schema's rules."""
+    require(isinstance(tree, dict), origin, "what it holds", tree, "be a mapping")
+    for key in schema.keys() & tree.keys():
+        require(schema[key][1](tree[key]), origin, key, tree[key], f"be {schema[key][0]}")
+    return tree
 
 
 def nearest(name, schema):
@@ -205,4 +225,4 @@ def nearest(name, schema):
 def require(holds, origin, key, value, must):
     """Raise UserError unless a condition between keys holds."""
     if not holds:
-        raise UserError(f"{origin}: {key} = {one_line(reprlib.repr(value))} must {must}")
+        raise UserError(f"{origin}: {key} = {one_line(shown.repr(value))} must {must}")

@@ -33,8 +33,12 @@ def progress(*args, **options):
 def write_log(folder, stage, **figures):
     """Append a line to the run's log.jsonl, in rank 0."""
     if rank() == 0:
-        with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"stage": stage, **figures}) + "\n")
+        with (folder / "log.jsonl").open("ab+") as file:
+            file.seek(max(file.tell() - 1, 0))
+            if file.read() not in (b"", b"\n"):  # a full disk or a crash has left half a line
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+            file.write((json.dumps({"stage": stage, **figures}) + "\n").encode())
 
 
 class Loop:
@@ -64,7 +68,7 @@ class Loop:
             nonlocal received
             # A second signal comes from an impatient user; of several processes, from torchrun.
             if received and world() == 1:
-                raise signals.Stopped(number)
+                signals.stop(number, None)
             received = number
 
         handlers = signals.handle(note, note)

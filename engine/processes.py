@@ -32,7 +32,7 @@ def join():
         group = {"store": _store, "rank": number, "world_size": count, "timeout": TIMEOUT}
         dist.init_process_group(backend, **group)
         if number > 0:
-            sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+            sys.stdout = open(os.devnull, "w", errors="replace")  # noqa: PTH123, SIM115
 
 
 def rank():

@@ -1,5 +1,6 @@
 """One stage at work in the folder of its run: where it writes, what it resumes, its steps."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -26,9 +27,12 @@ class Run:
         self.folder = Path(cfg.output) / cfg.name
         self.result = self.folder / f"{stage}.pth"
         self.unfinished = self.folder / f"{stage}.unfinished.pth"
+        if rank() == 0:
+            files.remove_partial(self.folder)
         self.device, self.dtype = device.choose(cfg.device, cfg.precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.gradient_means, self.figures = [], Loop(self.folder, stage, self.device)
+        self.force, self.resumes = False, True  # whether --force was given; whether it is resumed
         self.inputs = {}  # file name -> digest; rank 0 alone reads and saves them
         self.shows = None  # the number of steps done, in a step whose pictures are to be shown
         torch.backends.cudnn.benchmark = True
@@ -63,24 +67,26 @@ class Run:
     def is_finished(self, force, inputs=()):
         """Lock the run's folder; return whether the stage's result is there. Raises UserError.
 
-        inputs: files of earlier stages that this one reads. force: remove its checkpoints first.
+        inputs: files of earlier stages that this one reads. force: make another result, which
+        replaces the first when it is finished; only a checkpoint of such a start is resumed.
         """
-        return processes.decided_by_first(lambda: self._is_finished(force, inputs))
+        self.force, look = force, functools.partial(self._look, force, inputs)
+        finished, self.resumes = processes.decided_by_first(look)
+        return finished
 
-    def _is_finished(self, force, inputs):
+    def _look(self, force, inputs):
+        """Return whether the stage is finished, and whether its unfinished checkpoint counts."""
         files.lock(self.folder, self.stage)
-        for left in self.folder.glob(f".{self.stage}.*.partial"):  # of a process that was killed
-            left.unlink(missing_ok=True)
         for path in filter(Path.is_file, map(Path, inputs)):
             self.inputs[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in (self.result, self.unfinished):
-            if force:
-                path.unlink(missing_ok=True)
-            elif path.exists():
-                files.require_same(path, self.cfg, self.section, self.inputs)
-        if self.result.exists():
+        path = self.result if self.result.exists() and not force else self.unfinished
+        saved = {}
+        with contextlib.suppress(*[UserError] * force):
+            if path.exists():
+                saved = files.require_same(path, self.cfg, self.section, self.inputs)
+        if path == self.result:
             print(f"{self.stage}: {self.result} is finished; --force makes it anew")
-        return self.result.exists()
+        return path == self.result, not force or saved.get("forced") is True
 
     def describe(self):
         """Write config.yaml, as resolved, and environment.json into the folder, in rank 0."""
@@ -95,7 +101,9 @@ class Run:
 
         state: name -> module, optimizer or scaler. Raises UserError where it does not fit.
         """
-        if not self.unfinished.exists():
+        if not self.resumes and rank() == 0:  # not before: the input is checked now
+            self.unfinished.unlink(missing_ok=True)
+        if not self.resumes or not self.unfinished.exists():
             return None
         saved = files.load_tensors(self.unfinished)
         try:
@@ -104,7 +112,7 @@ class Run:
             self.figures.overall = saved["overall"]
             self.figures.began -= saved["seconds"]
             return saved["step"]
-        except (KeyError, ValueError, RuntimeError) as error:  # what load_state_dict raises
+        except (LookupError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             fault = f"does not fit this version of the code, or this device ({one_line(error)})"
             raise UserError(f"{self.unfinished}: {fault}; remove it to begin anew") from error
 
@@ -119,6 +127,7 @@ class Run:
     def save_unfinished(self, step, state):
         """Write the checkpoint that the stage resumes from."""
         more = {"overall": self.figures.overall, "seconds": self.figures.seconds()}
+        more["forced"] = self.force
         self.save(self.unfinished, step, state, **more)
 
     def finish(self, steps, state):

@@ -6,6 +6,8 @@
 Both sides of a ratio take turns in one process. Prints the medians and writes them to bench.json.
 """
 
+from engine.command import arguments, command  # isort: skip  (first: it answers Ctrl-C)
+
 import functools
 import json
 import multiprocessing
@@ -25,7 +27,6 @@ import selftrain
 import translate_cyclegan
 import warmup
 from datasets import Aligned, Crops, Images, Whole, translated_images
-from engine.command import arguments, command
 from engine.config import UserError, plain
 from engine.device import environment, memory_gb
 from engine.files import write_text

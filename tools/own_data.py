@@ -6,6 +6,8 @@
 --check reads every image and label, prints sizes and class shares, and draws contact sheets.
 """
 
+from engine.command import arguments, command  # isort: skip  (first: it answers Ctrl-C)
+
 import functools
 import os
 import warnings
@@ -18,7 +20,6 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from datasets import EXTENSIONS, IGNORED, LAYOUTS, Images, list_images, warn
-from engine.command import arguments, command
 from engine.config import UserError, one_line
 from engine.images import paint, read_image, read_label, resize, threads, write_image
 from engine.loop import progress

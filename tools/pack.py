@@ -7,6 +7,8 @@ smaller ones keep their size. Images become raw pixels (PPM), labels PNG: nothin
 scaling. The same command goes on where it was stopped. Prints what to write into the configuration.
 """
 
+from engine.command import arguments, command  # isort: skip  (first: it answers Ctrl-C)
+
 import functools
 import shutil
 from pathlib import Path
@@ -16,8 +18,8 @@ import yaml
 from PIL import Image
 
 from datasets import Images
-from engine.command import arguments, command
 from engine.config import UserError
+from engine.files import remove_partial
 from engine.images import read_image, read_label, resize, threads, write_image
 from engine.loop import progress
 from settings import load_config
@@ -103,6 +105,7 @@ def room_for(images, largest, root):
     there = sum(path.stat().st_size for path in root.rglob("*" + IMAGES))
     try:
         root.mkdir(parents=True, exist_ok=True)
+        remove_partial(root)
     except OSError as error:
         raise UserError(f"{root}: cannot be made ({error.strerror}); set another --out") from error
     free = shutil.disk_usage(root).free

@@ -6,6 +6,8 @@
 Runs that differ in their seed alone share a column of the comparison: mean and spread.
 """
 
+from engine.command import Parser, command  # isort: skip  (first: it answers Ctrl-C)
+
 import argparse
 import base64
 import io
@@ -19,11 +21,11 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from engine.command import command
-from engine.config import UserError
+from engine import config
+from engine.config import NULL, TEXT, UserError, either, integer
 from engine.files import FREE_KEYS
 from engine.images import read_image, resize
-from evaluate import STAGES, gallery, what_to_segment
+from evaluate import STAGES, gallery, read_results, what_to_segment
 from settings import classes, load_config, load_saved
 from tools.templates import render
 
@@ -59,8 +61,7 @@ mpl.rcParams.update({
 
 
 def main():
-    as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run")
     runs = [read_run(Path(folder)) for folder in parser.parse_args().runs]
     if len(runs) == 1:
@@ -79,24 +80,36 @@ def read_run(folder):
     config = folder / "config.yaml"
     if not config.is_file():
         raise UserError(f"{config}: is missing; give the folder of a run, such as runs/demo")
-    read = {}
-    try:
-        for name in ("environment", "results"):
-            path = folder / f"{name}.json"
-            read[name] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        for stage, entry in read["results"].items():
-            read["results"][stage] = BLANK | entry | {"iou": entry.get("iou") or {}}
-        read["log"] = read_log(folder / "log.jsonl")
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder}: its log or its results cannot be read ({error})") from error
+    results, environment = read_results(folder / "results.json"), folder / "environment.json"
+    for stage, entry in results.items():
+        results[stage] = BLANK | entry | {"iou": entry.get("iou") or {}}
+    read = {"results": results, "log": read_log(folder / "log.jsonl"), "environment": {}}
+    if environment.is_file():
+        read["environment"] = read_json(environment.read_bytes(), {"device": TEXT}, environment)
     return {"folder": folder, "config": load_saved(config, (), config), **read}
+
+
+def read_json(data, schema, origin):
+    """Return the JSON object in bytes, whose known values fit the schema. Raises UserError."""
+    try:
+        return config.check_known(json.loads(data), schema, f"{origin}: is damaged, remove it")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{origin}: is damaged, remove it ({error})") from error
 
 
 def read_log(path):
     """Return log.jsonl by stage: (lines of the steps in order, the line that ended it or None)."""
-    log = {}
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    for line in (x for x in map(json.loads, text.splitlines()) if "stage" in x):
+    log, number = {}, either(config.number(-1e300, 1e300), NULL)
+    schema = {"stage": TEXT, "step": integer(0), "finished": integer(0), "seconds": number}
+    schema |= dict.fromkeys(("loss", "lr", *SHARES, "images_per_second", "memory_gb"), number)
+    data = path.read_bytes() if path.is_file() else b""
+    lines = data.split(b"\n")
+    try:
+        json.loads(lines[-1])
+    except ValueError:  # nothing, or half a line of a process that was killed
+        lines.pop()
+    read = (read_json(line, schema, f"{path}: line {n}") for n, line in enumerate(lines, 1))
+    for line in (x for x in read if "stage" in x):
         steps, finished = log.get(line["stage"], ([], None))
         if "finished" in line:
             finished = line
