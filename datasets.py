@@ -1,5 +1,6 @@
 """What one sample is: dataset layouts, label values, scaling and cropping."""
 
+import fnmatch
 import functools
 import sys
 import zlib
@@ -20,11 +21,13 @@ from settings import classes, label_values
 IGNORED, NO_CLASS = 255, 254
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
 # layout: folder of images; folders of labels, of which the first that exists is used; what ends the
-# stem of an image's and of a label's name
+# stem of an image's and of a label's name (labelIds become labelTrainIds where ids = train_ids)
 LAYOUTS = {
     "gta5": ("images", ["labels"], "", ""),
     "synthia": ("RGB", ["GT/LABELS"], "", ""),
     "cityscapes": ("leftImg8bit/{split}", ["gtFine/{split}"], "_leftImg8bit", "_gtFine_labelIds"),
+    "acdc": ("rgb_anon/{split}", ["gt/{split}"], "_rgb_anon", "_gt_labelIds"),
+    "dark_zurich": ("rgb_anon/{split}/night", ["gt/{split}/night"], "_rgb_anon", "_gt_labelIds"),
     "bdd100k": ("images/{split}", ["labels/{split}", "gtFine/{split}"], "", "_train_id"),
     "folder": ("{split}/images", ["{split}/labels"], "", ""),
     "flat": ("{split}", ["{split}/../labels"], "", ""),
@@ -101,11 +104,13 @@ class Images(Folder):
         spec = functools.reduce(Config.__getitem__, domain.split("."), cfg)
         self.labelled, self.red_only = labelled, spec.layout == "synthia"
         image_folder, label_folders, image_end, label_end = LAYOUTS[spec.layout]
-        self.folder = Path(spec.root) / image_folder.format(split=spec.split or ".")
+        if spec.ids == "train_ids":
+            label_end = label_end.replace("labelIds", "labelTrainIds")
+        self.folder, pattern = _place(spec, image_folder)
         if not self.folder.is_dir():
             remedy = f"set {domain}.root, or see the README for the data"
             raise UserError(f"{self.folder}: no such folder of images; {remedy}")
-        names = list_images(self.folder)
+        names = fnmatch.filter(list_images(self.folder), pattern)
         self.names = [name for name in names if Path(name).stem.endswith(image_end)]
         if not self.names:
             keys = f"{domain}.split or {domain}.layout = {spec.layout}"
@@ -113,8 +118,7 @@ class Images(Folder):
         if spec.list is not None:
             self.names = _narrow(self.names, spec.list, self.folder)
         if labelled:
-            split = spec.split or "."
-            folders = [Path(spec.root) / folder.format(split=split) for folder in label_folders]
+            folders = [_place(spec, folder)[0] for folder in label_folders]
             folder = next((folder for folder in folders if folder.is_dir()), folders[0])
             self.label_paths = self._find_labels(folder, image_end, label_end)
             self.table = np.full(65536, NO_CLASS, np.uint8)
@@ -156,6 +160,12 @@ class Images(Folder):
         return label
 
 
+def _place(spec, folder):
+    """Return a split's folder, up to the first * in it, and the pattern of the names below."""
+    folder, star, rest = folder.format(split=spec.split or ".").partition("*")
+    return Path(spec.root) / folder, f"{star}{rest}/*" if star else "*"
+
+
 def list_images(folder):
     """Return the paths of all image files below a folder, relative to it, sorted.
 
@@ -163,7 +173,7 @@ def list_images(folder):
     """
     folder = Path(folder)
     paths = (path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
-    names = sorted(str(path.relative_to(folder)) for path in paths)
+    names = sorted(path.relative_to(folder).as_posix() for path in paths)
     stems = set()
     for name in names:
         if _stem(name) in stems:

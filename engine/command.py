@@ -47,7 +47,8 @@ def command(main):
     finally:
         unlock_all()
         for worker in multiprocessing.active_children():  # of a loader that ended before its data
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            if hasattr(signal, "SIGCHLD"):  # of PyTorch, which reports killed workers; not Windows
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             worker.kill()
         signals.handle(*handlers)
 

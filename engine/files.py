@@ -26,7 +26,7 @@ def write_atomically(path, write):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
-        with temporary.open("rb") as file:
+        with temporary.open("r+b") as file:  # Windows synchronises no file that is read only
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError, cv2.error) as error:  # torch.save: RuntimeError on a full disk
@@ -48,7 +48,9 @@ def load_tensors(path):
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such file of weights") from error
     except Exception as error:  # a dozen types, depending on what the file is instead
-        raise UserError(f"{path}: not a file of tensors that is safe to load ({one_line(error)})") from error
+        raise UserError(
+            f"{path}: not a file of tensors that is safe to load ({one_line(error)})"
+        ) from error
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a state dict")
     return state
@@ -88,9 +90,10 @@ def lock(folder, stage):
     try:
         _locks[folder] = filelock.FileLock(file).acquire(blocking=False).lock
     except filelock.Timeout as error:
-        owner = file.read_text(encoding="utf-8") or "another process"
+        owner = (os.name != "nt" and file.read_text(encoding="utf-8")) or "another process"
         raise UserError(f"{folder}: {owner} is at work here; wait, or set name=...") from error
-    file.write_text(f"process {os.getpid()} on {platform.node()} ({stage})", encoding="utf-8")
+    if os.name != "nt":  # Windows refuses every other handle on a locked file
+        file.write_text(f"process {os.getpid()} on {platform.node()} ({stage})", encoding="utf-8")
 
 
 def unlock_all():
