@@ -107,6 +107,8 @@ TRAINING = {
     "crdomix": FLAG,
 }
 OWN_NETWORKS = {}  # name -> function, of models.register
+OWN = ("a name that models.register was given", lambda value: value in [*OWN_NETWORKS])
+SMP = pattern("smp/ARCHITECTURE/ENCODER", r"smp/\w+/[\w.-]+")
 NETWORKS = ("deeplab_v2_resnet101", "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2")
 STAGES = ("demo_data", "translate", "source_only", "warmup", "selftrain", "oracle")
 COLOURS = mapping(TEXT, sequence(integer(0, 255), 3, 3), low=2)
@@ -130,11 +132,7 @@ SCHEMA = {
     "min_scale": number(0.01, 1),
     "max_class_share": number(0.01, 1),
     "model": {
-        "network": either(
-            choice(*NETWORKS),
-            pattern("smp/ARCHITECTURE/ENCODER", r"smp/\w+/[\w.-]+"),
-            ("a name that models.register was given", lambda v: v in [*OWN_NETWORKS]),
-        ),
+        "network": either(choice(*NETWORKS), SMP, OWN),
         "output_stride": choice(8, 16),
         "channels": multiple_of(32, 32, 4096),
         "weights": either(TEXT, NULL),

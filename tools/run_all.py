@@ -18,19 +18,17 @@ from engine import signals
 from engine.command import arguments, command
 from settings import load_config
 
-ROOT = Path(__file__).parent.parent
-ALONE = ("tools.make_demo_data", "tools.report")  # of several processes, these take one
 PLAIN = ("warmup.distill=0", "warmup.crdomix=false")
 # stage -> its module, and what follows the user's own overrides
 STAGES = {
     "demo_data": ["tools.make_demo_data"],
     "translate": ["translate_cyclegan"],
-    "source_only": ["warmup", *PLAIN, "bn_recalibrate=[source]", "--as", "source_only"],
+    "source_only": ["warmup", *PLAIN, "bn_recalibrate=[source]"],
     "warmup": ["warmup"],
     "selftrain": ["selftrain"],
-    "oracle": ["warmup", *PLAIN, "warmup.labels_from=target", "bn_recalibrate=[target]",
-               "--as", "oracle"],
-}  # fmt: skip
+    "oracle": ["warmup", *PLAIN, "bn_recalibrate=[target]", "warmup.labels_from=target"],
+    "evaluate": ["evaluate"],
+}
 
 
 def main():
@@ -38,7 +36,7 @@ def main():
     words = args.overrides
     path = words.pop(0) if words and "=" not in words[0] else args.cfg
     path = Path(path).resolve() if Path(path).is_file() else path  # else one of the project's
-    os.chdir(ROOT)  # what a configuration names lies in the project's folder
+    os.chdir(Path(__file__).parent.parent)  # a configuration names folders from there
     for module, line in commands(path, words):
         run(module, line)
 
@@ -46,12 +44,10 @@ def main():
 def commands(path, overrides):
     """Yield (module, its arguments) of each stage, the evaluation, the report. Raises UserError."""
     cfg, given = load_config(path, overrides), ["--cfg", str(path), *overrides]
-    for stage in cfg.stages:
+    for stage in [*cfg.stages, "evaluate"]:
         print(f"== {stage}", flush=True)
         module, *more = STAGES[stage]
-        yield module, given + more
-    print("== evaluate", flush=True)
-    yield "evaluate", given
+        yield module, given + more + ["--as", stage] * (module == "warmup")
     yield "tools.report", [str(Path(cfg.output) / cfg.name)]
 
 
@@ -59,21 +55,20 @@ def run(module, line):
     """Run a command in a process of its own and pass signals on; exit unless it succeeds."""
     count = int(os.environ.get("NPROC") or 1)
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    start = several if count > 1 and module not in ALONE else []
+    start = several if count > 1 and not module.startswith("tools.") else []
     # in a session of its own, or a terminal and `timeout` would send it each signal a second time
     stage = subprocess.Popen([sys.executable, *start, "-m", module, *line], start_new_session=True)
-    passed = set()
 
-    def pass_on(number, _):
-        if number not in passed or number == signal.SIGINT:  # a second Ctrl-C stops at once
-            stage.send_signal(number)
-        passed.add(number)
+    def stop(number, _):  # `timeout` sends it twice
+        signal.signal(number, signal.SIG_IGN)
+        stage.send_signal(number)
 
-    # on Windows, Ctrl-C reaches all processes of the terminal
-    handlers = signals.handle(signal.SIG_IGN if os.name == "nt" else pass_on, pass_on)
+    # on Windows, a terminal's Ctrl-C reaches both
+    on_sigint = signal.SIG_IGN if os.name == "nt" else lambda number, _: stage.send_signal(number)
+    handlers = signals.handle(on_sigint, stop)
     hangup = getattr(signal, "SIGHUP", signal.SIGTERM)
-    if signal.getsignal(hangup) == signal.SIG_DFL:  # not under nohup
-        signal.signal(hangup, pass_on)
+    if signal.getsignal(hangup) != signal.SIG_IGN:  # not under nohup
+        signal.signal(hangup, stop)
     code = stage.wait()
     signals.handle(*handlers)
     if code:
