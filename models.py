@@ -268,7 +268,7 @@ class Predictor(nn.Module):
     @torch.no_grad()
     def predict(self, image):
         """Return the class numbers (H, W) uint8 of an RGB image (H, W, 3) uint8, NumPy arrays."""
-        image = torch.tensor(image, device=self.network.mean.device)
+        image = torch.tensor(image.copy(), device=self.network.mean.device)  # it may be a view
         return self(image.movedim(2, 0)[None].float() / 255)[0].argmax(0).byte().cpu().numpy()
 
 

@@ -55,7 +55,7 @@ def run(module, line):
     """Run a command in a process of its own and pass signals on; exit unless it succeeds."""
     count = int(os.environ.get("NPROC") or 1)
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    start = several if count > 1 and not module.startswith("tools.") else []
+    start = several * (count > 1 and not module.startswith("tools."))
     # in a session of its own, or a terminal and `timeout` would send it each signal a second time
     stage = subprocess.Popen([sys.executable, *start, "-m", module, *line], start_new_session=True)
 
@@ -80,7 +80,7 @@ def run_all(path, *overrides):
 
     path: the configuration. overrides: texts of the form key.sub=value.
     """
-    if multiprocessing.parent_process() is None:  # else a DataLoader worker, which reads the script
+    if multiprocessing.current_process().name == "MainProcess":  # workers may import the caller
         for module, line in commands(path, overrides):
             sys.argv = [f"{module.rpartition('.')[2]}.py", *line]
             command(importlib.import_module(module).main)
