@@ -149,7 +149,7 @@ def test_names_of_images_have_slashes_on_windows(monkeypatch):
 # ---------------------------------------------------------------- start methods
 
 
-@pytest.fixture(params=["spawn", "forkserver"])
+@pytest.fixture(params=["fork", "spawn", "forkserver"])
 def start_method(request):
     """The method by which DataLoader workers start; Linux forked them up to Python 3.13."""
     before = multiprocessing.get_start_method()
