@@ -24,7 +24,7 @@ from settings import load_config
 ROOT = Path(__file__).parent.parent
 START = os.environ.get("START")
 if START:
-    multiprocessing.set_start_method(START)
+    multiprocessing.set_start_method(START, force=True)  # a spawned process imports this again
     multiprocessing.set_forkserver_preload(["datasets"])  # instead of in each worker
 SIZE = (48, 64)
 CLASSES = {"road": [128, 64, 128], "car": [0, 0, 142], "sky": [70, 130, 180]}
