@@ -1,5 +1,6 @@
 """What one sample is: dataset layouts, label values, scaling and cropping."""
 
+import fnmatch
 import functools
 import os
 import sys
@@ -21,11 +22,13 @@ from settings import classes, label_values
 IGNORED, NO_CLASS = 255, 254
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
 # layout: folder of images; folders of labels, of which the first that exists is used; what ends the
-# stem of an image's and of a label's name
+# stem of an image's and of a label's name (labelIds become labelTrainIds where ids = train_ids)
 LAYOUTS = {
     "gta5": ("images", ["labels"], "", ""),
     "synthia": ("RGB", ["GT/LABELS"], "", ""),
     "cityscapes": ("leftImg8bit/{split}", ["gtFine/{split}"], "_leftImg8bit", "_gtFine_labelIds"),
+    "acdc": ("rgb_anon/{split}", ["gt/{split}"], "_rgb_anon", "_gt_labelIds"),
+    "dark_zurich": ("rgb_anon/{split}/night", ["gt/{split}/night"], "_rgb_anon", "_gt_labelIds"),
     "bdd100k": ("images/{split}", ["labels/{split}", "gtFine/{split}"], "", "_train_id"),
     "folder": ("{split}/images", ["{split}/labels"], "", ""),
     "flat": ("{split}", ["{split}/../labels"], "", ""),
@@ -102,11 +105,13 @@ class Images(Folder):
         spec = functools.reduce(Config.__getitem__, domain.split("."), cfg)
         self.labelled, self.red_only, self.label_paths = labelled, spec.layout == "synthia", []
         image_folder, label_folders, image_end, self.label_end = LAYOUTS[spec.layout]
-        self.folder = Path(spec.root) / image_folder.format(split=spec.split or ".")
+        if spec.ids == "train_ids":
+            self.label_end = self.label_end.replace("labelIds", "labelTrainIds")
+        self.folder, pattern = _place(spec, image_folder)
         if not self.folder.is_dir():
             remedy = f"set {domain}.root, or see the README for the data"
             raise UserError(f"{self.folder}: no such folder of images; {remedy}")
-        names = list_images(self.folder)
+        names = fnmatch.filter(list_images(self.folder), pattern)
         self.names = [name for name in names if Path(name).stem.endswith(image_end)]
         if not self.names:
             keys = f"{domain}.split or {domain}.layout = {spec.layout}"
@@ -114,8 +119,7 @@ class Images(Folder):
         if spec.list is not None:
             self.names = _narrow(self.names, spec.list, self.folder)
         if labelled:
-            split = spec.split or "."
-            folders = [Path(spec.root) / folder.format(split=split) for folder in label_folders]
+            folders = [_place(spec, folder)[0] for folder in label_folders]
             self.label_folder = next((x for x in folders if x.is_dir()), folders[0])
             self.label_paths = self._find_labels(self.label_folder, image_end)
             self.table = np.full(65536, NO_CLASS, np.uint8)
@@ -197,6 +201,12 @@ def _unreadable(error):
         raise UserError(f"{error.filename}: cannot be read ({error.strerror}); allow it")
 
 
+def _place(spec, folder):
+    """Return a split's folder, up to the first * in it, and the pattern of the names below."""
+    folder, star, rest = folder.format(split=spec.split or ".").partition("*")
+    return Path(spec.root) / folder, f"{star}{rest}/*" if star else "*"
+
+
 def list_images(folder):
     """Return the paths of all image files below a folder, relative to it, sorted.
 
@@ -210,7 +220,7 @@ def list_images(folder):
             if link.is_symlink() and not os.access(link, os.R_OK):
                 raise UserError(f"{link}: links to nothing; is its disk there?")
         images = [x for x in files if x[0] != "." and Path(x).suffix.lower() in EXTENSIONS]
-        names += [str(Path(path, x).relative_to(folder)) for x in images if real not in seen]
+        names += [Path(path, x).relative_to(folder).as_posix() for x in images if real not in seen]
         # links last: a file has its name below the folder rather than below a link
         folders.sort(key=lambda x, path=path: Path(path, x).is_symlink())
         folders[:] = [x for x in folders if x[0] != "." and real not in seen]

@@ -24,9 +24,8 @@ from engine.files import find, load_tensors, write_atomically, write_text
 from engine.images import image_writer, paint, read_image, resize, video_writer, write_image
 from engine.processes import barrier, rank, world
 from engine.run import Run
-from losses import upsample
 from metrics import ConfusionMatrix, predictions
-from models import load_segmenter, require_sizes
+from models import Predictor, load_segmenter, require_sizes
 from settings import classes, label_values, load_config, load_saved
 
 SCORE = either(number(0, 100), NULL)
@@ -188,12 +187,8 @@ def export(model, cfg, path):
     except ImportError as error:
         raise UserError("--export needs `pip install onnx onnxscript onnxruntime`") from error
 
-    class Network(torch.nn.ModuleDict):
-        def forward(self, image):
-            return upsample(self["segmenter"](image)[0], image.shape[-2:])
-
     size, names = cfg.val.size or cfg.crop, classes(cfg)
-    network, image = Network({"segmenter": model}).eval(), torch.zeros(1, 3, *size)
+    network, image = Predictor(model, names).eval(), torch.zeros(1, 3, *size)
     sides = [dict.fromkeys((2, 3), torch.export.Dim.DYNAMIC)]
     ends = {"input_names": ["image"], "output_names": ["logits"], "dynamic_shapes": sides}
     program = torch.onnx.export(network, (image,), dynamo=True, verbose=False, **ends)

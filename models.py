@@ -13,10 +13,11 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from engine.config import UserError, check_known
+from engine.config import Config, UserError, check_known
 from engine.files import TENSORS, load_tensors
 from engine.processes import rank, sum_over_processes, world
-from settings import classes, load_saved
+from losses import upsample
+from settings import NETWORKS, OWN_NETWORKS, classes, load_saved
 
 
 class Segmenter(nn.Module):
@@ -71,14 +72,20 @@ class Head(nn.Module):
 def build_segmenter(network, num_classes, output_stride=8, channels=256, weights=None, auxiliary=0):
     """Return a Segmenter by its name. Raises UserError where its weights are missing or do not fit.
 
-    network: "deeplab_v2_resnet101", a resnet or mobilenet_v2 of torchvision, or
-    smp/ARCHITECTURE/ENCODER of segmentation-models-pytorch.
+    network: "deeplab_v2_resnet101", a resnet or mobilenet_v2 of torchvision,
+    smp/ARCHITECTURE/ENCODER of segmentation-models-pytorch, or a name that `register` was given.
     weights of the backbone: "imagenet" (downloaded once), a file, or None (random).
     auxiliary: weight of the auxiliary classifier's loss; with 0 there is no such classifier.
     """
     if network.startswith("smp/"):
         backbone, head, classifier, divisor = _smp(network, num_classes, weights)
         deepest = backbone.out_channels[-1]
+    elif network in OWN_NETWORKS:
+        options = {"output_stride": output_stride, "channels": channels, "weights": weights}
+        backbone, head, classifier = OWN_NETWORKS[network](num_classes=num_classes, **options)
+        deepest, divisor, weights = auxiliary and backbone.out_channels, 1, None
+    elif network not in NETWORKS:
+        raise UserError(f"model.network = {network}: unknown; import the module that registers it")
     else:
         backbone, deepest = _backbone(network, output_stride)
         head, divisor = Head(deepest, channels), 1
@@ -108,6 +115,18 @@ def require_sizes(model, cfg, images=0):
             fault = f"{size} pixels of {count or 1} images are too few for {cfg.model.network}"
             raise UserError(f"{key}: {fault}; raise it, or model.channels") from error
     return model
+
+
+def register(name):
+    """Return a decorator that makes model.network = `name` stand for the function below it.
+
+    The function takes the keywords num_classes, output_stride, channels and weights, and returns a
+    backbone, a head and a classifier; see docs/python.md. Raises UserError for a name in use.
+    """
+    if name in NETWORKS or name.startswith("smp/"):
+        raise UserError(f"register({name!r}): this name is in use; choose another one")
+    OWN_NETWORKS.pop(name, None)  # a cell of a notebook may run twice
+    return lambda function: OWN_NETWORKS.setdefault(name, function)
 
 
 def _smp(name, num_classes, weights):
@@ -256,6 +275,29 @@ def recalibrate_batchnorm(model, batches):
 
 
 # ---------------------------------------------------------------- weights
+
+
+class Predictor(nn.Module):
+    """Logits (B, K, H, W) for images (B, 3, H, W) in [0, 1]; class names; colours by class name."""
+
+    def __init__(self, network, colours):
+        super().__init__()
+        self.network, self.classes, self.colours = network, list(colours), colours
+
+    def forward(self, images):
+        return upsample(self.network(images)[0], images.shape[-2:])
+
+    @torch.no_grad()
+    def predict(self, image):
+        """Return the class numbers (H, W) uint8 of an RGB image (H, W, 3) uint8, NumPy arrays."""
+        image = torch.tensor(image.copy(), device=self.network.mean.device)  # it may be a view
+        return self(image.movedim(2, 0)[None].float() / 255)[0].argmax(0).byte().cpu().numpy()
+
+
+def load(path):
+    """Return the Predictor of a checkpoint's student, in eval mode on the CPU. Raises UserError."""
+    cfg = Config(load_tensors(path).get("config", {"classes": "cityscapes"}))  # none: the authors'
+    return Predictor(load_segmenter(path, cfg)[0], classes(cfg)).eval()
 
 
 def load_segmenter(path, cfg, which="student"):

@@ -85,12 +85,13 @@ def label_values(ids, names):
 RATE = ("a number above 0, at most 100", lambda v: type(v) in (int, float) and 0 < v <= 100)
 SIZE = sequence(integer(8, 65536), 2, 2)
 BATCH = sequence(integer(0, 4096), 1)
+LAYOUTS = ("gta5", "synthia", "cityscapes", "acdc", "dark_zurich", "bdd100k", "folder", "flat")
 NAMED_IDS = choice("cityscapes", "synthia", "mapillary", "train_ids", "index")
 
 
 def _dataset(**sizes):
     return {
-        "layout": choice("gta5", "synthia", "cityscapes", "bdd100k", "folder", "flat"),
+        "layout": choice(*LAYOUTS),
         "root": TEXT,
         "split": either(TEXT, NULL),
         "ids": either(NAMED_IDS, mapping(integer(0, 65535), either(TEXT, NULL))),
@@ -107,6 +108,9 @@ TRAINING = {
     "strong": number(0, 1),
     "crdomix": FLAG,
 }
+OWN_NETWORKS = {}  # name -> function, of models.register
+OWN = ("a name that models.register was given", lambda value: value in [*OWN_NETWORKS])
+SMP = pattern("smp/ARCHITECTURE/ENCODER", r"smp/\w+/[\w.-]+")
 NETWORKS = ("deeplab_v2_resnet101", "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2")
 STAGES = ("demo_data", "translate", "source_only", "warmup", "selftrain", "oracle")
 COLOURS = mapping(TEXT, sequence(integer(0, 255), 3, 3), 2, 254)  # 255 is ignored, in 8 bits
@@ -131,9 +135,7 @@ SCHEMA = {
     "max_class_share": number(0.01, 1),
     "rare_classes": number(0, 100),
     "model": {
-        "network": either(
-            choice(*NETWORKS), pattern("smp/ARCHITECTURE/ENCODER", r"smp/\w+/[\w.-]+")
-        ),
+        "network": either(choice(*NETWORKS), SMP, OWN),
         "output_stride": choice(8, 16),
         "channels": multiple_of(32, 32, 4096),
         "weights": either(TEXT, NULL),

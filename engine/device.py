@@ -13,7 +13,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import psutil
 import torch
 import torchvision
 from torch import nn
@@ -136,6 +135,8 @@ def memory_gb(device):
     elif status.is_file():
         size = 2**10 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text(encoding="utf-8"))[1])
     else:
+        import psutil
+
         memory = psutil.Process().memory_info()
         size = getattr(memory, "peak_wset", memory.rss)
     return round(size / 2**30, 3)

@@ -38,7 +38,7 @@ def write_atomically(path, write):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
-        with temporary.open("rb") as file:
+        with temporary.open("r+b") as file:  # Windows synchronises no file that is read only
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError, cv2.error) as error:  # torch.save: RuntimeError on a full disk
@@ -119,9 +119,11 @@ def lock(folder, stage):
     try:
         locks[folder] = filelock.FileLock(file).acquire(blocking=False).lock
     except filelock.Timeout as error:
-        owner = file.read_text(encoding="utf-8", errors="replace") or "another process"
+        text = "" if os.name == "nt" else file.read_text(encoding="utf-8", errors="replace")
+        owner = text or "another process"
         raise UserError(f"{folder}: {owner} is at work here; wait, or set name=...") from error
-    file.write_text(f"process {os.getpid()} on {platform.node()} ({stage})", encoding="utf-8")
+    if os.name != "nt":  # Windows refuses every other handle on a locked file
+        file.write_text(f"process {os.getpid()} on {platform.node()} ({stage})", encoding="utf-8")
 
 
 def unlock_all():

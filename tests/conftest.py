@@ -1,7 +1,12 @@
-"""Small datasets in the real layouts, a configuration for them, and scripts run in this process."""
+"""Small datasets in the real layouts, a configuration for them, and scripts run in this process.
+
+START=spawn (or forkserver) bash run_tests.sh -m core: with DataLoader workers that start so.
+"""
 
 import importlib
 import json
+import multiprocessing
+import os
 import struct
 import sys
 import zlib
@@ -17,6 +22,10 @@ from engine.command import command
 from settings import load_config
 
 ROOT = Path(__file__).parent.parent
+START = os.environ.get("START")
+if START:
+    multiprocessing.set_start_method(START, force=True)  # a spawned process imports this again
+    multiprocessing.set_forkserver_preload(["datasets"])  # instead of in each worker
 SIZE = (48, 64)
 CLASSES = {"road": [128, 64, 128], "car": [0, 0, 142], "sky": [70, 130, 180]}
 IDS = {"road": 7, "car": 26, "sky": 23}
@@ -115,7 +124,7 @@ def dataset(tmp_path):
         "output": str(tmp_path / "runs"),
         "device": "cpu",
         "precision": "fp32",
-        "workers": 0,
+        "workers": 1 if START else 0,
         "classes": CLASSES,
         "source": {"root": str(tmp_path / "game"), "sizes": [[40, 56], [48, 64]]},
         "target": {"root": str(tmp_path / "camera"), "sizes": [[40, 56], [48, 64]]},

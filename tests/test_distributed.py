@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torchvision
-from conftest import ROOT, log, same, state
+from conftest import ROOT, START, log, same, state
 from torch import nn
 
 import models
@@ -45,7 +45,7 @@ def process(number, count, port, out, work, *arguments):
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     torch.set_num_threads(1)
     # of the loaders, as in a command's own process
-    multiprocessing.set_start_method("fork", force=True)
+    multiprocessing.set_start_method(START or "fork", force=True)
     work(*arguments)
 
 

@@ -229,6 +229,79 @@ def test_label_values_of_every_dataset_mean_the_same_class():
     assert sum(k != 255 for k in tables["mapillary"].values()) == 25
 
 
+# ---------------------------------------------------------------- more datasets
+
+
+def adverse(folder, place, number, kind="TrainIds"):
+    """Write an image and its label in the layout of ACDC and Dark Zurich, both below `place`."""
+    image, label = picture(number)
+    values = lookup(TRAIN_IDS, 255)[label] if kind == "TrainIds" else label
+    name = f"{place}/GOPR{number:04d}/GOPR{number:04d}_frame_000001"
+    save(folder / f"rgb_anon/{name}_rgb_anon.png", image // 3)
+    save(folder / f"gt/{name}_gt_label{kind}.png", values)
+    other = np.zeros(SIZE, np.uint8)  # the downloads hold more pictures of labels
+    save(folder / f"gt/{name}_gt_labelColor.png", np.stack([other] * 3, 2))
+
+
+def test_cityscapes_to_acdc_is_scored_on_each_condition(world, run):
+    for n, condition in enumerate(("fog", "night", "rain", "snow")):
+        adverse(world / "acdc", f"{condition}/train", 60 + n)
+        adverse(world / "acdc", f"{condition}/val", 70 + n)
+        adverse(world / "acdc", f"{condition}/train_ref", 80 + n)
+    roots = [f"{key}.root={world}/acdc" for key in ("target", "val")]
+    for condition in ("fog", "night", "rain", "snow"):
+        roots += [f"more_val.{condition}.root={world}/acdc", f"more_val.{condition}.size=[48,64]"]
+    overrides = small(world, f"source.root={world}/camera", "selftrain.diagnose=true", *roots)
+    cfg = ("--cfg", CONFIGS / "cityscapes_to_acdc.yaml", *overrides)
+    for script in ("translate_cyclegan", "warmup", "selftrain", "evaluate"):
+        ok(run(script, *cfg))
+    rows = [f"selftrain{on}" for on in ("", "_on_fog", "_on_night", "_on_rain", "_on_snow")]
+    assert set(rows) <= set(results(world))
+    target = Images(load_config(CONFIGS / "cityscapes_to_acdc.yaml", overrides), "target", True)
+    assert [name.partition("/")[0] for name in target.names] == ["fog", "night", "rain", "snow"]
+    assert all("/train/" in name for name in target.names)
+    written = sorted((world / "runs/small/pseudo_labels/round1").rglob("*.png"))
+    assert len(written) == 4
+
+
+def test_dark_zurich_and_the_label_ids_of_cityscapes(world, run):
+    for n in range(3):
+        adverse(world / "zurich", "train/night", 60 + n)
+        adverse(world / "zurich", "train/day", 70 + n)
+    for n in range(2):
+        adverse(world / "zurich", "val/night", 80 + n)
+        adverse(world / "ids", "val/night", 80 + n, "Ids")
+    layout = "{layout: dark_zurich, ids: %s, split: %s, list: null, root: %s/%s, %s}"
+    sizes = "sizes: [[40,56],[48,64]]", "size: [48,64]"
+    overrides = small(world, f"source.root={world}/game", "selftrain.rounds=1")
+    overrides = [x for x in overrides if not x.startswith(("target.", "val."))]
+    overrides += ["target=" + layout % ("train_ids", "train", world, "zurich", sizes[0])]
+    overrides += ["val=" + layout % ("train_ids", "val", world, "zurich", sizes[1])]
+    overrides += ["more_val.ids=" + layout % ("cityscapes", "val", world, "ids", sizes[1])]
+    cfg = ("--cfg", ROOT / "config.yaml", *overrides, "source.sizes=[[40,56],[48,64]]")
+    for script in ("translate_cyclegan", "warmup", "selftrain", "evaluate"):
+        ok(run(script, *cfg))
+    scores = results(world)
+    assert scores["selftrain"]["iou"] == scores["selftrain_on_ids"]["iou"]
+    assert len(Images(load_config(ROOT / "config.yaml", overrides), "target", False)) == 3
+
+
+def test_the_published_splits_of_cityscapes_are_read_as_they_stand(world):
+    """Lines of LiheYoung/UniMatch, whose labels have other names than Cityscapes' own."""
+    names = [f"train/a/a_{i}" for i in range(4)]
+    lines = (f"leftImg8bit/{n}_leftImg8bit.png gtFine/{n}_gtFine_labelTrainIds.png" for n in names)
+    listed = list(lines)
+    (world / "labeled.txt").write_text(listed[2] + "\n")
+    (world / "unlabeled.txt").write_text("\r\n".join([*listed[:2], listed[3], ""]))
+    more = [f"source.list={world}/labeled.txt", f"target.list={world}/unlabeled.txt"]
+    more.append(f"source.root={world}/camera")
+    cfg = load_config(CONFIGS / "semi_supervised.yaml", small(world, *more))
+    assert Images(cfg, "source", labelled=True).names == ["a/a_2_leftImg8bit.png"]
+    assert [name[4] for name in Images(cfg, "target", labelled=False).names] == ["0", "1", "3"]
+    path = load_config(CONFIGS / "semi_supervised.yaml").source.list
+    assert Path(path).parts[-2:] == ("1_16", "labeled.txt")
+
+
 # ---------------------------------------------------------------- other networks
 
 

@@ -1,0 +1,153 @@
+"""What users do from Python: load and predict, PyTorch Hub, the losses, a network of their own."""
+
+import os
+import re
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import CLASSES, ROOT, ok, picture, state
+from golden.authors_state_dict import authors_state_dict
+from torch import nn
+
+import settings
+from engine.config import UserError
+from engine.images import paint, read_image
+from models import build_segmenter, load, load_segmenter, register
+from settings import CITYSCAPES, load_config
+
+KEYS = ROOT / "tests/golden/authors_student_keys.json"
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text("utf-8"), re.S)
+PREDICT, HUB, LOSSES, NETWORK, SCRIPT = BLOCKS
+
+
+@pytest.fixture
+def own_networks(monkeypatch):
+    """The registry; what a test registers is gone after it."""
+    monkeypatch.setattr(settings, "OWN_NETWORKS", {})
+    monkeypatch.setattr("models.OWN_NETWORKS", settings.OWN_NETWORKS)
+    return settings.OWN_NETWORKS
+
+
+def python(folder, text):
+    """Run a script that lies in a folder, from there, in a process of its own."""
+    (folder / "script.py").write_text(text, encoding="utf-8")
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "script.py"]
+    return subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True, check=False)
+
+
+def test_a_loaded_network_predicts_what_evaluation_does(dataset, run, config):
+    ok(run("warmup", "warmup.crdomix=false"))
+    path = dataset / "runs/test/warmup.pth"
+    model = load(path)
+    assert model.classes == list(CLASSES)
+    assert model.colours == {name: tuple(colour) for name, colour in CLASSES.items()}
+    assert not model.training
+    segmenter, _ = load_segmenter(path, config())
+    for size in ((48, 64), (33, 71), (97, 40)):
+        images = torch.rand(2, 3, *size)
+        logits = model(images)
+        assert (logits.shape, logits.dtype) == ((2, 3, *size), torch.float32)
+        with torch.no_grad():
+            expected = nn.functional.interpolate(
+                segmenter.eval()(images)[0], size, mode="bilinear", align_corners=True
+            )
+        torch.testing.assert_close(logits, expected)
+    folder = dataset / "camera/leftImg8bit/val"
+    out = ("--images", folder, "--out", dataset / "out", "val.size=null")
+    ok(run("evaluate", "--weights", path, *out))
+    for name in sorted(folder.rglob("*.png")):
+        image = read_image(name)
+        labels = model.predict(image)
+        assert (labels.shape, labels.dtype) == (image.shape[:2], np.uint8)
+        written = dataset / "out/predictions/warmup" / name.relative_to(folder)
+        assert np.array_equal(paint(labels, model.colours), read_image(written))
+        assert np.array_equal(model.predict(image[:, ::-1][:, ::-1]), labels)  # a view
+
+
+def test_the_authors_checkpoint_is_loaded_and_other_files_are_named(tmp_path):
+    torch.save(authors_state_dict(KEYS), tmp_path / "student.pth")
+    assert load(tmp_path / "student.pth").classes == list(CITYSCAPES)
+    with pytest.raises(UserError, match=r"none\.pth: there is no such file"):
+        load(tmp_path / "none.pth")
+    for entries in ({}, {"generator": {}, "config": {"classes": CLASSES}}):
+        torch.save(entries, tmp_path / "other.pth")
+        with pytest.raises(UserError, match="holds no segmentation network"):
+            load(tmp_path / "other.pth")
+
+
+def test_the_examples_of_the_documentation_run(dataset, run):
+    """Prediction and PyTorch Hub on the network that a warm-up left; the losses in a loop."""
+    ok(run("warmup", "warmup.crdomix=false", "name=demo"))
+    (dataset / "runs/demo/warmup.pth").rename(dataset / "runs/demo/selftrain.pth")
+    image, _ = picture(7)
+    cv2.imwrite(str(dataset / "street.png"), image[..., ::-1])
+    hub = HUB.replace('"DiGA"', repr(str(ROOT)))
+    compare = "assert (model.predict(image) == labels).all() and 'road' in model.classes\n"
+    done = python(dataset, "\n".join([PREDICT, hub, compare, LOSSES]))
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in CLASSES)
+    assert len(PREDICT.splitlines()) + len(LOSSES.splitlines()) < 40
+
+
+def test_a_network_of_ones_own_goes_through_all_stages(dataset):
+    """By the documentation's three lines; then in another process, with and without its module.
+
+    LONG=1: with spawned workers, each of which imports the script and PyTorch.
+    """
+    (dataset / "my_network.py").write_text(NETWORK, encoding="utf-8")
+    (dataset / "test.yaml").rename(dataset / "my.yaml")
+    long = bool(os.environ.get("LONG"))
+    script = SCRIPT.replace('tiny")', f'tiny", "workers={int(long)}")')
+    assert len(SCRIPT.split("\n")) == 5  # three lines, and a blank one between
+    spawn = "import multiprocessing\nmultiprocessing.set_start_method('spawn', force=True)\n"
+    done = python(dataset, spawn * long + script)
+    assert done.returncode == 0, done.stderr
+    folder = dataset / "runs/test"
+    assert (folder / "report.html").is_file()
+    for name in ("warmup", "selftrain"):
+        student = state(folder / f"{name}.pth")["student"]
+        assert student["backbone.0.weight"].shape == (32, 3, 3, 3)
+        assert student["classifier.weight"].shape == (3, 32, 1, 1)
+    use = "from models import load\nprint(load('runs/test/selftrain.pth').classes)"
+    assert "road" in python(dataset, f"import my_network\n{use}").stdout
+    unknown = "model.network = tiny: unknown; import the module that registers it"
+    assert unknown in python(dataset, use).stderr
+
+
+def test_a_name_that_nobody_registered_is_refused_and_nothing_imported(dataset, run, own_networks):
+    """Neither a module's name nor a path makes the project import anything."""
+    (dataset / "evil.py").write_text("raise SystemExit('imported')", encoding="utf-8")
+    for name in ("evil", "evil:tiny", "tiny", str(dataset / "evil.py"), "os.system", "[a]", "{}"):
+        code, _, err = run("warmup", "warmup.crdomix=false", f"model.network={name}")
+        assert (code, err.count("\n")) == (2, 1)
+        assert "a name that models.register was given" in err
+    with pytest.raises(UserError, match="evil: unknown"):
+        build_segmenter("evil", 3)
+    for name in ("resnet18", "smp/UPerNet/resnet18"):
+        with pytest.raises(UserError, match="in use"):
+            register(name)
+
+
+def test_a_registered_network_gets_the_keys_of_the_model(dataset, own_networks):
+    seen = []
+
+    def build(**options):
+        seen.append(options)
+        backbone = nn.Conv2d(3, 8, 3, 4, 1)
+        backbone.out_channels = 8
+        return backbone, nn.Conv2d(8, 16, 1), nn.Conv2d(16, options["num_classes"], 1)
+
+    assert register("seen")(build) is build
+    assert register("seen")(build) is build  # a cell of a notebook that runs again
+    keys = ("model.network=seen", "model.channels=64", "model.weights=a.pth", "model.auxiliary=0.1")
+    cfg = load_config(dataset / "test.yaml", keys)
+    model = build_segmenter(num_classes=3, **cfg.model)
+    assert seen == [{"num_classes": 3, "output_stride": 8, "channels": 64, "weights": "a.pth"}]
+    logits, features, auxiliary = model(torch.rand(1, 3, 33, 50))
+    assert logits.shape == auxiliary.shape == (1, 3, 9, 13)
+    assert (features.shape[1], model.channels) == (16, 16)
