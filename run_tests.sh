@@ -11,4 +11,5 @@ python -c "import cityscapesscripts" 2> /dev/null ||
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 ruff check .
 ruff format --check .
-python -m pytest "$@"
+# Two processes share the tests; with LONG=1 one has the memory and the table of a file for itself.
+python -m pytest --numprocesses "$([ -n "${LONG:-}" ] && echo 0 || echo 2)" "$@"

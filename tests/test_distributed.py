@@ -223,7 +223,7 @@ def test_two_processes_are_two_parts_on_one_bit_for_bit(both):
 def written(folder):
     """Return the pictures and results in a run's folder, without samples: name -> bytes."""
     found = files(folder)
-    names = [name for name in found if name.endswith((".png", "results.json"))]
+    names = [name for name in found if name.endswith((".png", ".jpg", "results.json"))]
     return {name: found[name] for name in names if "samples" not in name}
 
 

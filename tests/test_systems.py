@@ -7,14 +7,11 @@ import signal
 import subprocess
 import sys
 import types
-from pathlib import PureWindowsPath
 
 import pytest
 from conftest import ROOT, log, ok, picture, same, save, state
 
-import datasets
 from engine import files
-from engine.command import command
 from engine.config import UserError
 
 COMMANDS = [
@@ -25,7 +22,7 @@ COMMANDS = [
 ON_SOME_SYSTEMS = {
     "mallopt": "engine/images.py", "ctypes": "engine/images.py",
     "sched_getaffinity": "engine/processes.py", "/sys/fs": "engine/processes.py",
-    "/proc/": "engine/device.py", "SIGCHLD": "engine/command.py", "SIGHUP": "tools/run_all.py",
+    "/proc/": "engine/device.py", "SIGHUP": "tools/run_all.py",
     "start_new_session": "tools/run_all.py",
 }  # fmt: skip
 NOWHERE = (
@@ -117,33 +114,13 @@ def test_a_locked_file_that_windows_lets_nobody_read_is_not_read(tmp_path, monke
     monkeypatch.setattr(files, "os", windows)
     files.lock(tmp_path / "run", "warmup")
     assert (tmp_path / "run/.lock").read_bytes() == b""
-    held = dict(files._locks)
-    files._locks.clear()
+    held = dict(files.locks)
+    files.locks.clear()
     with pytest.raises(UserError, match="another process is at work here"):
         files.lock(tmp_path / "run", "warmup")
-    files._locks.update(held)
+    files.locks.update(held)
     files.unlock_all()
     assert not (tmp_path / "run").exists()
-
-
-def test_without_sigchld_leftover_workers_are_ended_all_the_same(monkeypatch):
-    monkeypatch.delattr(signal, "SIGCHLD")
-    killed = []
-    worker = types.SimpleNamespace(kill=lambda: killed.append(1))
-    monkeypatch.setattr(multiprocessing, "active_children", lambda: [worker])
-    command(lambda: None)
-    assert killed == [1]
-
-
-class Disk(PureWindowsPath):
-    def rglob(self, _):
-        return [self / "b" / "x.png", self / "a.png"]
-
-
-def test_names_of_images_have_slashes_on_windows(monkeypatch):
-    """As lists of images are written; the order of the samples follows these names."""
-    monkeypatch.setattr(datasets, "Path", Disk)
-    assert datasets.list_images("C:/data") == ["a.png", "b/x.png"]
 
 
 # ---------------------------------------------------------------- start methods
