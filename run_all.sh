@@ -4,8 +4,10 @@
 # Finished stages are not run again; a stage that was interrupted resumes.
 # NPROC=N bash run_all.sh ... runs each stage in N processes, on a GPU each if there are any.
 set -euo pipefail
-# a configuration may lie where the user stands
-if [[ "${1:-}" != /* && -f "${1:-}" ]]; then set -- "$PWD/$1" "${@:2}"; fi
-cd "$(dirname "$0")"
+# Paths are relative to the folder where the user stands, which may be another one than this file's.
+user="$PWD"
+here="$(cd "$(dirname "$0")" && pwd)"
+cd "$here"
 . tools/env.sh
-exec python -m tools.run_all "$@"
+cd "$user"
+PYTHONPATH="$here" exec python "$here/tools/run_all.py" "$@"

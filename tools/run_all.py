@@ -18,6 +18,7 @@ from engine import signals
 from engine.command import arguments, command
 from settings import load_config
 
+ROOT = Path(__file__).parent.parent
 PLAIN = ("warmup.distill=0", "warmup.crdomix=false")
 # stage -> its module, and what follows the user's own overrides
 STAGES = {
@@ -35,8 +36,8 @@ def main():
     args = arguments(__doc__).parse_intermixed_args()
     words = args.overrides
     path = words.pop(0) if words and "=" not in words[0] else args.cfg
-    path = Path(path).resolve() if Path(path).is_file() else path  # else one of the project's
-    os.chdir(Path(__file__).parent.parent)  # a configuration names folders from there
+    if not Path(path).exists() and (ROOT / path).exists():
+        path = ROOT / path
     for module, line in commands(path, words):
         run(module, line)
 
@@ -56,8 +57,12 @@ def run(module, line):
     count = int(os.environ.get("NPROC") or 1)
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     start = several * (count > 1 and not module.startswith("tools."))
+    # by its path: a user may stand in a folder that has a module of the same name
+    script = (ROOT / module.replace(".", "/")).with_suffix(".py")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     # in a session of its own, or a terminal and `timeout` would send it each signal a second time
-    stage = subprocess.Popen([sys.executable, *start, "-m", module, *line], start_new_session=True)
+    whole = [sys.executable, *start, str(script), *line]
+    stage = subprocess.Popen(whole, start_new_session=True, env=environment)
 
     def stop(number, _):  # `timeout` sends it twice
         signal.signal(number, signal.SIG_IGN)
