@@ -105,16 +105,19 @@ def require_sizes(model, cfg, images=0):
 
     images: how many crops it is trained on at a time; 0 where it only predicts.
     """
-    shapes, scale = copy.deepcopy(model).to("meta"), min(cfg.evaluation.scales)
+    scale, trains = min(cfg.evaluation.scales), model.training
     least = [max(round(scale * x), 1) for x in cfg.val.size or cfg.target.sizes[-1]]
-    training = [("crop", cfg.crop, images)] if images else []
-    for key, size, count in [("evaluation.scales", least, 0), *training]:
+    crops = [("crop", cfg.crop, images)] if images else []
+    tensors = *model.named_parameters(), *model.named_buffers()
+    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
+    for key, size, count in [("evaluation.scales", least, 0), *crops]:
         try:
-            shapes.train(count > 0)(torch.zeros(count or 1, 3, *size, device="meta"))
+            batch = torch.zeros(count or 1, 3, *size, device="meta")
+            torch.func.functional_call(model.train(count > 0), shapes, (batch,))
         except (RuntimeError, ValueError) as error:
             fault = f"{size} pixels of {count or 1} images are too few for {cfg.model.network}"
             raise UserError(f"{key}: {fault}; raise it, or model.channels") from error
-    return model
+    return model.train(trains)
 
 
 def register(name):

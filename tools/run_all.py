@@ -62,7 +62,7 @@ def run(module, line):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     # in a session of its own, or a terminal and `timeout` would send it each signal a second time
     whole = [sys.executable, *start, str(script), *line]
-    stage = subprocess.Popen(whole, start_new_session=True, env=environment)
+    stage = subprocess.Popen(whole, start_new_session=True, env=environment, stderr=sys.stderr)
 
     def stop(number, _):  # `timeout` sends it twice
         signal.signal(number, signal.SIG_IGN)
