@@ -8,7 +8,6 @@ from pathlib import Path
 
 import cv2
 import filelock
-import psutil
 import torch
 
 from engine import config
@@ -59,6 +58,8 @@ def reason(error):
 def remove_partial(folder):
     """Remove the hidden files that killed processes have left unfinished in a folder."""
     for left in Path(folder).rglob(".*.partial"):
+        import psutil  # which not every system has whole
+
         pid = left.name.split(".")[-2]
         if not pid.isdigit() or int(pid) == os.getpid() or not psutil.pid_exists(int(pid)):
             left.unlink(missing_ok=True)

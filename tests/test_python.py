@@ -115,7 +115,7 @@ def test_a_network_of_ones_own_goes_through_all_stages(dataset):
         assert student["classifier.weight"].shape == (3, 32, 1, 1)
     use = "from models import load\nprint(load('runs/test/selftrain.pth').classes)"
     assert "road" in python(dataset, f"import my_network\n{use}").stdout
-    unknown = "model.network = tiny: unknown; import the module that registers it"
+    unknown = "or a name that models.register was given"
     assert unknown in python(dataset, use).stderr
 
 
