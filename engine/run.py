@@ -25,10 +25,8 @@ class Run:
             raise UserError(f"--as {stage!r} must be {NAME[0]}")
         self.cfg, self.stage, self.section = cfg, stage, section
         self.folder = Path(cfg.output) / cfg.name
-        self.result = self.folder / f"{stage}.pth"
-        self.unfinished = self.folder / f"{stage}.unfinished.pth"
-        if rank() == 0:
-            files.remove_partial(self.folder)
+        self.result, self.unfinished = (self.folder / f"{stage}{x}.pth" for x in ("", ".unfinished"))
+        files.remove_partial(self.folder)
         self.device, self.dtype = device.choose(cfg.device, cfg.precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.gradient_means, self.figures = [], Loop(self.folder, stage, self.device)
@@ -50,7 +48,7 @@ class Run:
         return module.to(self.device, memory_format=torch.channels_last)
 
     def fetch(self, batch):
-        """Return what a loader yields, on the device; see device.fetch."""
+        """Return what a loader yields, on the device."""
         return device.fetch(batch, self.device)
 
     def compiled(self, network):
@@ -67,8 +65,7 @@ class Run:
     def is_finished(self, force, inputs=()):
         """Lock the run's folder; return whether the stage's result is there. Raises UserError.
 
-        inputs: files of earlier stages that this one reads. force: make another result, which
-        replaces the first when it is finished; only a checkpoint of such a start is resumed.
+        inputs: files of earlier stages. force: make a result that replaces it once it is finished.
         """
         self.force, look = force, functools.partial(self._look, force, inputs)
         finished, self.resumes = processes.decided_by_first(look)
@@ -91,16 +88,13 @@ class Run:
     def describe(self):
         """Write config.yaml, as resolved, and environment.json into the folder, in rank 0."""
         if rank() == 0:
-            text = yaml.safe_dump(plain(self.cfg), sort_keys=False)
-            files.write_text(self.folder / "config.yaml", text)
-            text = json.dumps(device.environment(self.device), indent=1) + "\n"
-            files.write_text(self.folder / "environment.json", text)
+            environment = json.dumps(device.environment(self.device), indent=1)
+            files.write_text(self.folder / "environment.json", environment + "\n")
+            config = yaml.safe_dump(plain(self.cfg), sort_keys=False)
+            files.write_text(self.folder / "config.yaml", config)
 
     def resume(self, state):
-        """Load the unfinished checkpoint into `state`; return its steps, or None without one.
-
-        state: name -> module, optimizer or scaler. Raises UserError where it does not fit.
-        """
+        """Load the unfinished checkpoint; return its steps, None without one. Raises UserError."""
         if not self.resumes and rank() == 0:  # not before: the input is checked now
             self.unfinished.unlink(missing_ok=True)
         if not self.resumes or not self.unfinished.exists():
@@ -127,8 +121,7 @@ class Run:
     def save_unfinished(self, step, state):
         """Write the checkpoint that the stage resumes from."""
         more = {"overall": self.figures.overall, "seconds": self.figures.seconds()}
-        more["forced"] = self.force
-        self.save(self.unfinished, step, state, **more)
+        self.save(self.unfinished, step, state, forced=self.force, **more)
 
     def finish(self, steps, state):
         """Write the stage's result and remove its unfinished checkpoint."""
@@ -141,9 +134,8 @@ class Run:
     def steps(self, batches, first, total, state):
         """Yield (step, parts) for each step from `first` to `total`.
 
-        Iterating over parts yields this process's parts of the step's batch, on the device; before
-        each, torch is seeded, and after the last, gradients are averaged. Figures are logged, and
-        `state` is saved, at the configured intervals and when a signal arrives.
+        parts: this process's parts of the batch, on the device; before each, torch is seeded, after
+        the last, gradients are averaged. `state` is saved at intervals and when a signal arrives.
         """
         images = batches.batch_size * world() * self.cfg.accumulate
         batches, save = iter(batches), functools.partial(self.save_unfinished, state=state)
