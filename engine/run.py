@@ -25,7 +25,8 @@ class Run:
             raise UserError(f"--as {stage!r} must be {NAME[0]}")
         self.cfg, self.stage, self.section = cfg, stage, section
         self.folder = Path(cfg.output) / cfg.name
-        self.result, self.unfinished = (self.folder / f"{stage}{x}.pth" for x in ("", ".unfinished"))
+        checkpoints = f"{stage}.pth", f"{stage}.unfinished.pth"
+        self.result, self.unfinished = (self.folder / name for name in checkpoints)
         files.remove_partial(self.folder)
         self.device, self.dtype = device.choose(cfg.device, cfg.precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -82,7 +83,7 @@ class Run:
             if path.exists():
                 saved = files.require_same(path, self.cfg, self.section, self.inputs)
         if path == self.result:
-            print(f"{self.stage}: {self.result} is finished; --force makes it anew")
+            print(f"{self.stage}: {path} is finished; --force makes it anew")
         return path == self.result, not force or saved.get("forced") is True
 
     def describe(self):
@@ -132,10 +133,9 @@ class Run:
         self.figures.finish(steps, self.result)
 
     def steps(self, batches, first, total, state):
-        """Yield (step, parts) for each step from `first` to `total`.
+        """Yield (step, parts) for each step from `first` to `total`, and save `state` at times.
 
-        parts: this process's parts of the batch, on the device; before each, torch is seeded, after
-        the last, gradients are averaged. `state` is saved at intervals and when a signal arrives.
+        parts: this process's, on the device; torch is seeded before each, gradients averaged after.
         """
         images = batches.batch_size * world() * self.cfg.accumulate
         batches, save = iter(batches), functools.partial(self.save_unfinished, state=state)
