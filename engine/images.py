@@ -26,7 +26,8 @@ UNFILTERED = [19, 8]
 # The only threads beside the main one that use OpenCV. They are never ended: an ending thread holds
 # a lock of OpenCV, for which a DataLoader worker that is forked in that moment waits for ever.
 threads = ThreadPoolExecutor(4)
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # its errors are raised here
+# 0: silent, for its errors are raised here; OpenCV 4 has the function elsewhere
+(cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel)(0)
 Image.MAX_IMAGE_PIXELS = 2**29  # Pillow refuses twice as many, which is OpenCV's limit
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 _gate, _reports = threading.Lock(), None
