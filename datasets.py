@@ -17,22 +17,10 @@ from engine import signals
 from engine.config import Config, UserError, one_line, require
 from engine.images import keep_freed_memory, read_image, read_label, resize, threads
 from engine.processes import decided_by_first, loader_workers, rank, world
-from settings import classes, label_values
+from settings import LAYOUTS, classes, label_values
 
 IGNORED, NO_CLASS = 255, 254
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
-# layout: folder of images; folders of labels, of which the first that exists is used; what ends the
-# stem of an image's and of a label's name (labelIds become labelTrainIds where ids = train_ids)
-LAYOUTS = {
-    "gta5": ("images", ["labels"], "", ""),
-    "synthia": ("RGB", ["GT/LABELS"], "", ""),
-    "cityscapes": ("leftImg8bit/{split}", ["gtFine/{split}"], "_leftImg8bit", "_gtFine_labelIds"),
-    "acdc": ("rgb_anon/{split}", ["gt/{split}"], "_rgb_anon", "_gt_labelIds"),
-    "dark_zurich": ("rgb_anon/{split}/night", ["gt/{split}/night"], "_rgb_anon", "_gt_labelIds"),
-    "bdd100k": ("images/{split}", ["labels/{split}", "gtFine/{split}"], "", "_train_id"),
-    "folder": ("{split}/images", ["{split}/labels"], "", ""),
-    "flat": ("{split}", ["{split}/../labels"], "", ""),
-}
 
 
 # ---------------------------------------------------------------- files

@@ -85,7 +85,18 @@ def label_values(ids, names):
 RATE = ("a number above 0, at most 100", lambda v: type(v) in (int, float) and 0 < v <= 100)
 SIZE = sequence(integer(8, 65536), 2, 2)
 BATCH = sequence(integer(0, 4096), 1)
-LAYOUTS = ("gta5", "synthia", "cityscapes", "acdc", "dark_zurich", "bdd100k", "folder", "flat")
+# layout: folder of images; folders of labels, of which the first that exists is used; what ends the
+# stem of an image's and of a label's name (labelIds become labelTrainIds where ids = train_ids)
+LAYOUTS = {
+    "gta5": ("images", ["labels"], "", ""),
+    "synthia": ("RGB", ["GT/LABELS"], "", ""),
+    "cityscapes": ("leftImg8bit/{split}", ["gtFine/{split}"], "_leftImg8bit", "_gtFine_labelIds"),
+    "acdc": ("rgb_anon/{split}", ["gt/{split}"], "_rgb_anon", "_gt_labelIds"),
+    "dark_zurich": ("rgb_anon/{split}/night", ["gt/{split}/night"], "_rgb_anon", "_gt_labelIds"),
+    "bdd100k": ("images/{split}", ["labels/{split}", "gtFine/{split}"], "", "_train_id"),
+    "folder": ("{split}/images", ["{split}/labels"], "", ""),
+    "flat": ("{split}", ["{split}/../labels"], "", ""),
+}
 NAMED_IDS = choice("cityscapes", "synthia", "mapillary", "train_ids", "index")
 
 

@@ -68,7 +68,8 @@ def command(main):
 
 def _silence_libraries():
     """Leave stderr to the code: what a library writes there is raised too, or of no use."""
-    sys.stderr = open(os.dup(2), "w", buffering=1, errors="backslashreplace")  # noqa: PTH123, SIM115
+    options = {"buffering": 1, "errors": "backslashreplace"}
+    sys.stderr = open(os.dup(2), "w", **options)  # noqa: PTH123, SIM115
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # of libpng, OpenCV, FFmpeg and C++
     faulthandler.enable(sys.stderr)  # a crash in one of them says where
     warnings.simplefilter("ignore")

@@ -194,7 +194,9 @@ def check(tree, schema, origin, prefix="", whole=None):
             value = check(value, rule, origin, f"{name}.", whole)
         else:
             require(rule[1](value), origin, name, value, f"be {rule[0]}")
-        checked[key] = os.path.expanduser(value) if isinstance(value, str) else value  # noqa: PTH111
+        if isinstance(value, str):
+            value = os.path.expanduser(value)  # noqa: PTH111
+        checked[key] = value
     return checked
 
 

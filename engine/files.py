@@ -33,7 +33,7 @@ locks = {}  # folder -> the lock that this process holds on it
 def write_atomically(path, write):
     """Write a file wholly or not at all: write(temporary path), then rename. Raises UserError."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
@@ -56,8 +56,11 @@ def reason(error):
 
 
 def remove_partial(folder):
-    """Remove the hidden files that killed processes have left unfinished in a folder."""
-    for left in Path(folder).rglob(".*.partial"):
+    """Remove what killed processes of this machine have left unfinished in a folder.
+
+    Another machine's processes cannot be asked whether they are alive, and may be writing.
+    """
+    for left in Path(folder).rglob(f".*.{platform.node()}.*.partial"):
         import psutil  # which not every system has whole
 
         pid = left.name.split(".")[-2]

@@ -8,6 +8,7 @@ finished is lost. LONG=1 runs 1,000 and more of them.
 import importlib
 import multiprocessing
 import os
+import platform
 import random
 import shutil
 import signal
@@ -434,13 +435,17 @@ def test_paths_as_people_give_them(case, monkeypatch):
     assert code == 0, err
     assert (case.folder / "ü/new/new.pth").is_file()
     refused(case.call("evaluate", "--weights", os.fsdecode(b"a\n\xff.pth"), **more), r"a\n\udcff")
-    left = case.run / "samples/.x.png.999999999.partial"
+    left = case.run / f"samples/.x.png.{platform.node()}.999999999.partial"
+    other = case.run / "samples/.x.png.another-machine.999999999.partial"
+    other.write_bytes(b"half")  # of a process that may be writing
     left.write_bytes(b"half")
     assert case.call("warmup")[0] == 0
     assert not left.exists()
     left.write_bytes(b"half")
     assert case.call("evaluate")[0] == 0
     assert not left.exists()
+    assert other.exists()
+    other.unlink()
     elsewhere = case.folder / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "my.yaml").write_text((case.folder / "test.yaml").read_text())

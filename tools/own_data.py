@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from datasets import EXTENSIONS, IGNORED, LAYOUTS, Images, list_images, warn
+from datasets import EXTENSIONS, IGNORED, Images, list_images, warn
 from engine.config import UserError, one_line
 from engine.images import paint, read_image, read_label, resize, threads, write_image
 from engine.loop import progress
-from settings import classes, load_config
+from settings import LAYOUTS, classes, load_config
 from tools.templates import render
 
 ROOT = Path(__file__).parent.parent
