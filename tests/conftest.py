@@ -7,7 +7,10 @@ import importlib
 import json
 import multiprocessing
 import os
+import runpy
+import signal
 import struct
+import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -25,7 +28,11 @@ ROOT = Path(__file__).parent.parent
 START = os.environ.get("START")
 if START:
     multiprocessing.set_start_method(START, force=True)  # a spawned process imports this again
-    multiprocessing.set_forkserver_preload(["datasets"])  # instead of in each worker
+# a process that is forked from one that has imported everything starts at once
+FORKS = multiprocessing.get_context("forkserver")
+SCRIPTS = ["translate_cyclegan", "warmup", "selftrain", "evaluate"]
+OTHERS = ["torch.utils.tensorboard", "tools.own_data", "tools.report", "pytest", "psutil", "yaml"]
+FORKS.set_forkserver_preload([*SCRIPTS, *OTHERS])
 SIZE = (48, 64)
 CLASSES = {"road": [128, 64, 128], "car": [0, 0, 142], "sky": [70, 130, 180]}
 IDS = {"road": 7, "car": 26, "sky": 23}
@@ -76,6 +83,58 @@ def picture(seed, size=SIZE):
 def save(path, array):
     path.parent.mkdir(parents=True, exist_ok=True)
     assert cv2.imwrite(str(path), array[..., ::-1] if array.ndim == 3 else array)
+
+
+def into_files(out, stdout=None):
+    """Be a process whose stdout and stderr are the files out.1 and out.2, of one thread."""
+    for stream in (1, 2):
+        path = stdout if stdout and stream == 1 else f"{out}.{stream}"
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
+    encoding = os.environ.get("PYTHONIOENCODING", "utf-8")
+    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False, encoding=encoding)  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(2, "w", closefd=False)  # noqa: SIM115
+    torch.set_num_threads(1)
+    # of the loaders, as in a command's own process
+    multiprocessing.set_start_method(START or "fork", force=True)
+
+
+def _interpret(script, arguments, folder, out):
+    os.setsid()
+    os.chdir(folder)
+    into_files(out)
+    sys.argv = [script, *arguments]
+    if script.endswith(".py"):
+        runpy.run_path(script, run_name="__main__")
+    else:
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
+
+
+class Command:
+    """`python SCRIPT ARGUMENTS` as a forked process in a session of its own, like a Popen."""
+
+    count = 0
+
+    def __init__(self, script, *arguments, cwd, out):
+        Command.count += 1
+        self.out = out / f"out.{Command.count}"
+        name = script if script.startswith("tools.") else str(ROOT / f"{script}.py")
+        given = name, [*map(str, arguments)], cwd, self.out
+        self.process = FORKS.Process(target=_interpret, args=given)
+        self.process.start()
+        self.pid, self.kill = self.process.pid, self.process.kill
+
+    def poll(self):
+        return self.process.exitcode
+
+    def end(self, seconds=300):
+        """Return the exit code, stdout and stderr. Raises TimeoutExpired."""
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            os.killpg(self.pid, signal.SIGKILL)
+            raise subprocess.TimeoutExpired(str(self.out), seconds)
+        files = (Path(f"{self.out}.{n}") for n in (1, 2))
+        words = [file.read_text(errors="replace") if file.exists() else "" for file in files]
+        return self.process.exitcode, *words
 
 
 def ok(outcome):

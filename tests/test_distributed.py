@@ -3,7 +3,6 @@
 import copy
 import functools
 import importlib
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -15,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torchvision
-from conftest import ROOT, START, log, same, state
+from conftest import FORKS, ROOT, into_files, log, same, state
 from torch import nn
 
 import models
@@ -26,10 +25,6 @@ from engine.run import Run
 from metrics import ConfusionMatrix, predictions
 from settings import load_config
 
-# forked from a process that has imported everything once, the processes of a test start at once
-FORKS = multiprocessing.get_context("forkserver")
-SCRIPTS = ["translate_cyclegan", "warmup", "selftrain", "evaluate"]
-FORKS.set_forkserver_preload([*SCRIPTS, "torch.utils.tensorboard"])
 GO_ON = "the same command goes on from the last checkpoint"
 
 
@@ -39,13 +34,7 @@ def process(number, count, port, out, work, *arguments):
         os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-    for stream in (1, 2):
-        os.dup2(os.open(f"{out}.{number}.{stream}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
-    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-    torch.set_num_threads(1)
-    # of the loaders, as in a command's own process
-    multiprocessing.set_start_method(START or "fork", force=True)
+    into_files(f"{out}.{number}")
     work(*arguments)
 
 

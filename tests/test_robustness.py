@@ -6,7 +6,6 @@ import pickle
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import CLASSES, ROOT, picture, save, state
+from conftest import CLASSES, ROOT, Command, picture, save, state
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -39,16 +38,7 @@ GENERATED = settings(
 
 def start(script, dataset, *arguments):
     """Start a script in a process and a session of its own."""
-    command = [ROOT / f"{script}.py", "--cfg", dataset / "test.yaml", *arguments]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    more = {"cwd": dataset, "env": env, "start_new_session": True}
-    return subprocess.Popen([sys.executable, *map(str, command)], **pipes, **more)
-
-
-def finish(process):
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
+    return Command(script, "--cfg", dataset / "test.yaml", *arguments, cwd=dataset, out=dataset)
 
 
 def wait_for(process, condition, seconds=120):
@@ -80,7 +70,7 @@ def test_killed_at_random_moments_a_stage_ends_as_if_undisturbed(dataset, run, s
     if script == "selftrain":
         assert run("warmup", *options)[0] == 0
         shutil.copytree(dataset / "runs/test", dataset / "runs/killed")
-    code, _, err = finish(start(script, dataset, *options))
+    code, _, err = start(script, dataset, *options).end()
     assert code == 0, err
     result = {"translate_cyclegan": "translator"}.get(script, script)
     rng, kills = np.random.default_rng(0), 0
@@ -88,7 +78,7 @@ def test_killed_at_random_moments_a_stage_ends_as_if_undisturbed(dataset, run, s
     for attempt in range(60):
         process = start(script, dataset, *options, "name=killed", f"workers={attempt % 3}")
         if kills == (12 if LONG else 2):
-            code, _, err = finish(process)
+            code, _, err = process.end()
             assert code == 0, err
             break
         begun = killed / ".lock"
@@ -97,7 +87,7 @@ def test_killed_at_random_moments_a_stage_ends_as_if_undisturbed(dataset, run, s
         time.sleep(rng.uniform(0, 2.5))
         kills += process.poll() is None
         process.kill()
-        process.communicate()
+        process.end()
         for path in killed.glob("*.pth"):
             assert state(path)  # complete, whenever the kill came
     assert not list(killed.glob(f".{result}.*"))
@@ -116,7 +106,7 @@ def test_a_signal_ends_the_stage_after_the_step_with_a_checkpoint(dataset, run, 
     wait_for(process, log.exists)
     # to the loader's processes as well, as a terminal, timeout and SLURM do
     os.killpg(process.pid, number)
-    found, _, err = finish(process)
+    found, _, err = process.end()
     assert found == code, err
     assert f"stopped by {number.name}; the same command goes on" in err.strip().splitlines()[-1]
     assert "Traceback" not in err
@@ -157,12 +147,12 @@ def test_an_unfinished_checkpoint_of_another_version(dataset, run, monkeypatch, 
 def test_two_stages_in_one_folder(dataset):
     first = start("warmup", dataset, "warmup.crdomix=false", "warmup.steps=100000", "log_every=1")
     wait_for(first, (dataset / "runs/test/log.jsonl").exists)
-    code, _, err = finish(start("warmup", dataset, "--as", "source_only", "warmup.crdomix=false"))
+    code, _, err = start("warmup", dataset, "--as", "source_only", "warmup.crdomix=false").end()
     first.kill()
-    first.communicate()
+    first.end()
     assert code == 2
     assert f"process {first.pid} on" in err
-    code, _, err = finish(start("warmup", dataset, "--as", "source_only", "warmup.crdomix=false"))
+    code, _, err = start("warmup", dataset, "--as", "source_only", "warmup.crdomix=false").end()
     assert code == 0, err  # the dead hold no lock
 
 
@@ -194,7 +184,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(dataset, run):
             while True:
                 file.write(bytes(1 << 20))
                 file.flush()
-        code, _, err = finish(process)
+        code, _, err = process.end()
         assert code == 2, err
         assert "No space left on device" in err or "cannot be written" in err
         assert len(err.strip().splitlines()) == 1
@@ -449,7 +439,7 @@ def test_an_error_in_a_loader_process_is_one_line_too(dataset):
         (dataset / f"game/labels/{i:05d}.png").unlink()
         save(dataset / f"game/labels/{i:05d}.png", np.full((48, 64), 200, np.uint8))
     options = ("warmup.crdomix=false", "warmup.steps=300", "workers=2")
-    code, _, err = finish(start("warmup", dataset, *options))
+    code, _, err = start("warmup", dataset, *options).end()
     assert code == 2, err
     assert "the label value 200 has no class" in err
     assert len(err.strip().splitlines()) == 1, err

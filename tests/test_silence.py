@@ -1,15 +1,13 @@
 """Nonsense that would train in silence and files that would be lost, as a user's process tells."""
 
 import os
-import subprocess
-import sys
 import zlib
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import IDS, ROOT, picture, save
+from conftest import IDS, ROOT, Command, picture, save
 from PIL import Image
 
 
@@ -21,13 +19,9 @@ def process(dataset):
     """
 
     def call(script, *arguments):
-        name = ["-m", script] if script.startswith("tools.") else [str(ROOT / f"{script}.py")]
-        cfg = [] if "--cfg" in arguments else ["--cfg", str(dataset / "test.yaml")]
-        command = [sys.executable, *name, *cfg, *map(str, arguments)]
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        more = {"cwd": ROOT, "env": env, "capture_output": True, "text": True, "timeout": 120}
-        done = subprocess.run(command, check=False, **more)
-        return done.returncode, done.stdout, done.stderr.splitlines()
+        cfg = [] if "--cfg" in arguments else ["--cfg", dataset / "test.yaml"]
+        code, out, err = Command(script, *cfg, *arguments, cwd=ROOT, out=dataset).end(120)
+        return code, out, err.splitlines()
 
     return call
 

@@ -6,7 +6,6 @@ finished is lost. LONG=1 runs 1,000 and more of them.
 """
 
 import importlib
-import multiprocessing
 import os
 import platform
 import random
@@ -23,7 +22,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from conftest import ROOT, same, state
+from conftest import FORKS, ROOT, into_files, same, state
 from conftest import dataset as make_dataset
 
 import datasets
@@ -31,10 +30,6 @@ from engine.command import command
 from engine.config import UserError
 
 LONG = bool(os.environ.get("LONG"))
-FORKS = multiprocessing.get_context("forkserver")
-SCRIPTS = ["translate_cyclegan", "warmup", "selftrain", "evaluate"]
-OTHERS = ["torch.utils.tensorboard", "tools.report", "pytest", "psutil", "yaml"]
-FORKS.set_forkserver_preload([*SCRIPTS, *OTHERS])
 FAST = ("selftrain.crdomix=false", "warmup.crdomix=false", "selftrain.rounds=1", "log_every=1")
 FAST += ("save_every=1", "warmup.steps=3", "selftrain.steps=2", "bn_images=2")
 VALUES = [None, 3, -1, "x", "", [], {}, [1, [2]], {"a": {}}, 1e300, True, "\n", torch.zeros(2)]
@@ -43,15 +38,8 @@ VALUES = [None, 3, -1, "x", "", [], {}, [1, [2]], {"a": {}}, 1e300, True, "\n", 
 def _child(script, arguments, folder, out, env, stdout, chatty):
     os.setsid()
     os.environ |= env
-    for stream in (1, 2):
-        path = stdout if stdout and stream == 1 else f"{out}.{stream}"
-        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
-    encoding = env.get("PYTHONIOENCODING", "utf-8")
-    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False, encoding=encoding)  # noqa: SIM115
-    sys.stderr = sys.__stderr__ = open(2, "w", closefd=False)  # noqa: SIM115
+    into_files(out, stdout)
     os.chdir(folder)
-    torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)
     sys.argv = [f"{script}.py", *arguments]
     if chatty:
         datasets.read_image = read_chattily
