@@ -234,6 +234,8 @@ def _narrow(names, path, folder):
     """
     usage = f"one path a line, relative to {folder}"
     try:
+        if Path(path).is_fifo():  # it would be waited for, and every stage reads the list again
+            raise OSError("it is not a regular file")
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: this list of images cannot be read ({error})") from error

@@ -6,6 +6,7 @@ H / output stride.
 """
 
 import copy
+import re
 from collections import OrderedDict
 
 import torch
@@ -187,6 +188,9 @@ def _layers(module, kind):
 # ---------------------------------------------------------------- optimizer and teacher
 
 
+BLOCK = re.compile(r"backbone\..*\bblocks\.(\d+)\.")
+
+
 class AdamW(torch.optim.AdamW):
     """AdamW that gives PyTorch's fused CPU kernel contiguous views; channels-last it would copy."""
 
@@ -197,14 +201,24 @@ class AdamW(torch.optim.AdamW):
         return answer
 
 
-def build_optimizer(model, name, lr_backbone, lr_head, momentum, weight_decay, **_):
-    """Return SGD or AdamW with a group for the backbone (frozen at rate 0) and one for the rest."""
+def build_optimizer(model, name, lr_backbone, lr_head, momentum, weight_decay, layer_decay=1, **_):
+    """Return SGD or AdamW with groups for the backbone (frozen at rate 0) and one for the rest.
+
+    layer_decay: of a transformer's rate, lr_backbone at its end, once for each block before it (as
+    in BEiT, ICLR 2022); other backbones have one rate.
+    """
     if lr_backbone == 0:
         model.backbone.requires_grad_(False)
-    trained, groups = [(n, p) for n, p in model.named_parameters() if p.requires_grad], []
-    for rate, of_backbone in ((lr_backbone, True), (lr_head, False)):
-        parameters = [p for n, p in trained if n.startswith("backbone.") == of_backbone]
-        groups.append({"params": parameters, "lr": rate, "base_lr": rate})
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    block_of = {n: int(match[1]) for n, _ in trained if (match := BLOCK.match(n))}
+    blocks = max(block_of.values(), default=-1) + 1
+    groups = {(lr_backbone, True): [], (lr_head, False): []}
+    for n, p in trained:
+        in_backbone, at_end = n.startswith("backbone."), n.startswith("backbone.model.norm.")
+        later = 0 if at_end else blocks - 1 - block_of.get(n, -1)  # blocks after it
+        rate = lr_backbone * layer_decay**later if in_backbone else lr_head
+        groups.setdefault((rate, in_backbone), []).append(p)
+    groups = [{"params": ps, "lr": rate, "base_lr": rate} for (rate, _), ps in groups.items()]
     if name == "adamw":
         return AdamW(groups, weight_decay=weight_decay, fused=True)
     sgd = torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay, fused=True)

@@ -157,6 +157,7 @@ SCHEMA = {
         "name": choice("sgd", "adamw"),
         "lr_backbone": number(0, 100),
         "lr_head": RATE,
+        "layer_decay": number(0.01, 1),
         "momentum": number(0, 0.9999),
         "weight_decay": number(0, 1),
         "power": number(0, 10),

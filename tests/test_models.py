@@ -74,6 +74,21 @@ def test_deeplab_freezes_the_batch_norms_scale_and_shift_but_not_their_statistic
     assert len(optimizer.param_groups[0]["params"]) == 104
 
 
+def test_the_rate_of_a_transformer_decays_by_block():
+    model = segmenter("smp/DPT/tu-vit_small_patch16_dinov3.lvd1689m")
+    rates = {"lr_backbone": 1e-4, "lr_head": 1e-3, "layer_decay": 0.5}
+    optimizer = models.build_optimizer(model, "adamw", **rates, momentum=0, weight_decay=0)
+    rate_of = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        words, expected = name.split("."), 1e-3
+        if name.startswith("backbone.model.blocks."):
+            expected = 1e-4 * 0.5 ** (11 - int(words[3]))
+        elif words[0] == "backbone":
+            expected = 1e-4 if words[2] == "norm" else 1e-4 * 0.5**12
+        assert rate_of[id(p)] == pytest.approx(expected, rel=1e-12), name
+    assert len(rate_of) == sum(1 for _ in model.parameters())
+
+
 @pytest.mark.parametrize("network", ["resnet18", "mobilenet_v2"])
 def test_imagenet_weights_from_a_file(network, tmp_path):
     theirs = torchvision.models.get_model(network)

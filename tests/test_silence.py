@@ -162,6 +162,9 @@ def test_a_pipe_is_not_waited_for(dataset, process):
     os.mkfifo(dataset / "game/images/00003.png")
     for outcome in (process("warmup", *PLAIN), check(process)):
         refused(outcome, "00003.png: is no regular file")
+    os.mkfifo(dataset / "list.txt")
+    outcome = process("warmup", *PLAIN, f"source.list={dataset}/list.txt")
+    refused(outcome, "list.txt", "regular file")
 
 
 def test_an_unreadable_folder_is_refused(dataset, process):

@@ -1,0 +1,42 @@
+"""The tables of the docs against the files that the runs left."""
+
+import json
+import shutil
+
+import pytest
+from conftest import ROOT
+
+from tools.entries import KEPT, pages
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A copy of the pages with tables and of the entries' files."""
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    return tmp_path
+
+
+def test_every_table_has_the_figures_of_its_runs():
+    for path, text in pages(ROOT).items():
+        assert path.read_text(encoding="utf-8") == text, f"{path}: python -m tools.entries"
+
+
+def test_a_changed_figure_is_found(copied):
+    entry = next(iter(sorted((copied / "docs/results").glob("*/results.json"))))
+    results = json.loads(entry.read_text())
+    before = pages(copied)
+    results["selftrain"]["miou"] += 0.1
+    entry.write_text(json.dumps(results))
+    changed = [path for path, text in pages(copied).items() if text != before[path]]
+    assert copied / "docs/results.md" in changed
+    page = copied / "README.md"
+    page.write_text(page.read_text().replace(f"{results['warmup']['miou']:.1f}", "99.9"))
+    assert "99.9" not in pages(copied)[page]
+
+
+def test_an_entry_says_what_it_was():
+    for entry in (path for path in (ROOT / "docs/results").iterdir() if path.is_dir()):
+        assert sorted(path.name for path in entry.iterdir()) == sorted(KEPT)
+        assert json.loads((entry / "environment.json").read_text())["commit"]
+        assert (entry / "log.jsonl").stat().st_size < 50_000

@@ -1,0 +1,95 @@
+"""Keep what runs were and what they scored in docs/results/; write the tables of the docs from it.
+
+    python -m tools.entries runs/demo runs/demo_seed1     # adds entries, or replaces those so named
+    python -m tools.entries                               # writes the tables alone
+
+A table stands below a line `<!-- entries: NAME ... -->`, with a column for each name; below
+`<!-- entries: all -->` it has a line for each entry.
+"""
+
+from engine.command import Parser, command  # isort: skip  (first: it answers Ctrl-C)
+
+import argparse
+import re
+from pathlib import Path
+
+from engine.files import write_text
+from evaluate import STAGES
+from tools.report import REFERENCES, gap_closed, read_run
+
+ROOT = Path(__file__).parent.parent
+KEPT = ("config.yaml", "environment.json", "results.json", "log.jsonl")
+PAGES = ("README.md", "docs/results.md")
+MARK = re.compile(r"(<!-- entries: (.+) -->\n)(?:\n?\|.*\n)*")
+WORDS = {
+    "source_only": "source only: trained on the source's labels alone",
+    "warmup": "after the warm-up",
+    "selftrain_round1": "after the first round of self-training",
+    "selftrain": "after the last round",
+    "oracle": "oracle: trained on the target's labels",
+}
+COLUMNS = ("entry", "source → target", "network", "source only", "warm-up", "self-training")
+COLUMNS += ("oracle", "closed", "hours", "commit")
+
+
+def main():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="the folder of a finished run")
+    for folder in map(Path, parser.parse_args().runs):
+        read_run(folder)  # is it complete?
+        for name in KEPT:
+            text = (folder / name).read_text(encoding="utf-8")
+            write_text(ROOT / "docs/results" / folder.name / name, text)
+    for path, text in pages(ROOT).items():
+        write_text(path, text)
+
+
+def pages(root):
+    """Return path -> text of the pages that hold tables, with tables from the entries' files."""
+    folders = sorted(path.parent for path in (root / "docs/results").glob("*/config.yaml"))
+    entries = {folder.name: read_run(folder) for folder in folders}
+
+    def table(found):
+        if found[2] == "all":
+            rows = [COLUMNS, ["---"] * len(COLUMNS), *map(line, entries.values())]
+        else:
+            rows = stages([entries[name] for name in found[2].split()])
+        return found[1] + "\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+    paths = (root / page for page in PAGES)
+    return {path: MARK.sub(table, path.read_text(encoding="utf-8")) for path in paths}
+
+
+def figure(run, stage):
+    score = run["results"].get(stage, {}).get("miou")
+    return "-" if score is None else f"{score:.1f}"
+
+
+def closed(run):
+    gap = gap_closed(run["results"], "selftrain")
+    return "-" if gap is None else f"{gap:.0f}%"
+
+
+def stages(runs):
+    """Return rows of the stages' mIoU, a column for each run."""
+    rows = [["mIoU", *(f"seed {run['config'].seed}" for run in runs)], ["---"] * (len(runs) + 1)]
+    there = [s for s in STAGES if any(s in run["results"] for run in runs)]
+    rows += [[WORDS[stage], *(figure(run, stage) for run in runs)] for stage in there]
+    if set(REFERENCES) <= set(there):
+        rows.append(["share of the gap that is closed", *map(closed, runs)])
+    return rows
+
+
+def line(run):
+    """Return a run's row in the list of all entries; hours are those of all its stages."""
+    cfg, commit = run["config"], run["environment"].get("commit") or "-"
+    hours = sum(end.get("seconds") or 0 for _, end in run["log"].values() if end) / 3600
+    data = f"{cfg.source.root} → {cfg.target.root}".replace("data/", "")
+    scores = [figure(run, s) for s in ("source_only", "warmup", "selftrain", "oracle")]
+    name = run["folder"].name
+    link = f"[{name}](results/{name})"
+    return [link, data, cfg.model.network, *scores, closed(run), f"{hours:.1f}", commit[:9]]
+
+
+if __name__ == "__main__":
+    command(main)
