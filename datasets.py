@@ -2,7 +2,6 @@
 
 import fnmatch
 import functools
-import os
 import sys
 import zlib
 from pathlib import Path
@@ -15,70 +14,20 @@ from torch.utils.data import DataLoader, Dataset, StackDataset
 from augment import DRAWS
 from engine import signals
 from engine.config import Config, UserError, one_line, require
+from engine.folders import (
+    Aligned,
+    Folder,
+    list_images,
+    narrow,
+    require_same_size,
+    stem_of,
+    warn,
+)
 from engine.images import keep_freed_memory, read_image, read_label, resize, threads
 from engine.processes import decided_by_first, loader_workers, rank, world
 from settings import LAYOUTS, classes, label_values
 
 IGNORED, NO_CLASS = 255, 254
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
-
-
-# ---------------------------------------------------------------- files
-
-
-class Folder:
-    """The images below a folder; `names` are their paths relative to it, sorted.
-
-    Raises UserError where there are none.
-    """
-
-    labelled = False
-
-    def __init__(self, folder):
-        self.folder = Path(folder)
-        self.names = list_images(folder)
-        if not self.names:
-            raise UserError(f"{folder}: no such folder of images, or there are none in it")
-
-    def __len__(self):
-        return len(self.names)
-
-    def image(self, i):
-        """Return image i, RGB uint8 (H, W, 3)."""
-        return read_image(self.folder / self.names[i])
-
-
-class Video:
-    """The frames of a video file; fast where they are read in order.
-
-    rate: frames per second. size: (H, W). Raises UserError for a file that OpenCV cannot play.
-    """
-
-    labelled = False
-
-    def __init__(self, path):
-        self.path, count, self.capture = Path(path), 0, cv2.VideoCapture(str(path))
-        self.rate = self.capture.get(cv2.CAP_PROP_FPS) or 25
-        while self.capture.grab():  # the count in the file's header is an estimate
-            count += 1
-        if not count:
-            raise UserError(f"{path}: no folder of images, and no video that OpenCV plays")
-        self.names = [f"{self.path.stem}_{i:06d}.png" for i in range(count)]
-        self.next, self.capture = count, None  # a capture cannot be sent to a DataLoader worker
-        self.size = self.image(0).shape[:2]
-        self.next, self.capture = count, None
-
-    def __len__(self):
-        return len(self.names)
-
-    def image(self, i):
-        """Return frame i, RGB uint8 (H, W, 3)."""
-        if i < self.next:
-            self.next, self.capture = 0, cv2.VideoCapture(str(self.path))
-        while self.next < i:
-            self.next += self.capture.grab()
-        self.next += 1
-        return np.ascontiguousarray(self.capture.read()[1][..., ::-1])
 
 
 class Images(Folder):
@@ -105,7 +54,7 @@ class Images(Folder):
             keys = f"{domain}.split or {domain}.layout = {spec.layout}"
             raise UserError(f"{self.folder}: holds no images; is {keys} right?")
         if spec.list is not None:
-            self.names = _narrow(self.names, spec.list, self.folder)
+            self.names = narrow(self.names, spec.list, self.folder)
         if labelled:
             folders = [_place(spec, folder)[0] for folder in label_folders]
             self.label_folder = next((x for x in folders if x.is_dir()), folders[0])
@@ -117,10 +66,10 @@ class Images(Folder):
         self._judge(domain, spec, list(classes(cfg)), threads.map(self.summary, some))
 
     def _find_labels(self, folder, image_end):
-        labels = {_stem(name): folder / name for name in list_images(folder)}
+        labels = {stem_of(name): folder / name for name in list_images(folder)}
         paths = []
         for name in self.names:
-            stem = _stem(name).removesuffix(image_end) + self.label_end
+            stem = stem_of(name).removesuffix(image_end) + self.label_end
             if stem not in labels:
                 fault = f"has no label {folder / stem}.png"
                 raise UserError(f"{self.folder / name}: {fault}; add it or drop the image")
@@ -177,103 +126,10 @@ class Images(Folder):
         return label
 
 
-@functools.cache
-def warn(line):
-    """Write a warning on stderr, once."""
-    if rank() == 0:
-        print(f"{Path(sys.argv[0]).name}: warning: {line}", file=sys.stderr)
-
-
-def _unreadable(error):
-    if Path(error.filename).is_dir():
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); allow it")
-
-
 def _place(spec, folder):
     """Return a split's folder, up to the first * in it, and the pattern of the names below."""
     folder, star, rest = folder.format(split=spec.split or ".").partition("*")
     return Path(spec.root) / folder, f"{star}{rest}/*" if star else "*"
-
-
-def list_images(folder):
-    """Return the paths of all image files below a folder, relative to it, sorted.
-
-    Links are followed, to each folder once; hidden files are left out. Raises UserError for an
-    unreadable folder, and where two differ in their extension only.
-    """
-    names, seen = [], set()
-    for path, folders, files in os.walk(folder, onerror=_unreadable, followlinks=True):
-        real = Path(path).resolve()
-        for link in (Path(path, x) for x in files if not Path(x).suffix):
-            if link.is_symlink() and not os.access(link, os.R_OK):
-                raise UserError(f"{link}: links to nothing; is its disk there?")
-        images = [x for x in files if x[0] != "." and Path(x).suffix.lower() in EXTENSIONS]
-        names += [Path(path, x).relative_to(folder).as_posix() for x in images if real not in seen]
-        # links last: a file has its name below the folder rather than below a link
-        folders.sort(key=lambda x, path=path: Path(path, x).is_symlink())
-        folders[:] = [x for x in folders if x[0] != "." and real not in seen]
-        seen.add(real)
-    names.sort()
-    stems = set()
-    for name in names:
-        if _stem(name) in stems:
-            fault = "another image has the same name without extension"
-            raise UserError(f"{Path(folder) / name}: {fault}; rename one of them")
-        stems.add(_stem(name))
-    return names
-
-
-def _stem(name):
-    return name.rpartition(".")[0]
-
-
-def _narrow(names, path, folder):
-    """Return the names that a list file asks for.
-
-    Each line is a path that ends with a name; what follows a space is a label's path.
-    """
-    usage = f"one path a line, relative to {folder}"
-    try:
-        if Path(path).is_fifo():  # it would be waited for, and every stage reads the list again
-            raise OSError("it is not a regular file")
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: this list of images cannot be read ({error})") from error
-    known, wanted = set(names), set()
-    for line in filter(str.strip, lines):
-        parts = (line if line in known else line.split()[0]).split("/")
-        ends = ("/".join(parts[i:]) for i in range(len(parts)))
-        name = next((end for end in ends if end in known), None)
-        if name is None:
-            raise UserError(f"{path}: names {one_line(line)}; {usage}")
-        wanted.add(name)
-    if not wanted:
-        raise UserError(f"{path}: names no image; {usage}")
-    return [name for name in names if name in wanted]
-
-
-def require_same_size(path, array, image_path, image):
-    """Raise UserError unless two arrays have one height and width."""
-    if array.shape[:2] != image.shape[:2]:
-        sizes = "{1}x{0}, but {3}x{2}".format(*array.shape[:2], *image.shape[:2])
-        raise UserError(f"{path}: is {sizes} is the size of {image_path}; make them equal")
-
-
-class Aligned:
-    """Files that belong to images by their names: calling it with i reads the file for names[i].
-
-    remedy: what to do where one is missing. Raises UserError.
-    """
-
-    def __init__(self, folder, names, read, remedy):
-        there = {_stem(name): Path(folder) / name for name in list_images(folder)}
-        missing = next((name for name in names if _stem(name) not in there), None)
-        if missing is not None:
-            raise UserError(f"{Path(folder) / missing}: is missing; {remedy}")
-        self.paths, self.read = [there[_stem(name)] for name in names], read
-
-    def __call__(self, i):
-        return self.read(self.paths[i])
 
 
 def translated_images(cfg, source):

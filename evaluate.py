@@ -18,9 +18,10 @@ import cv2
 import numpy as np
 import torch
 
-from datasets import Folder, Images, Video, Whole
+from datasets import Images, Whole
 from engine.config import NULL, TEXT, UserError, check_known, either, mapping, number
 from engine.files import find, load_tensors, write_atomically, write_text
+from engine.folders import Folder, Video
 from engine.images import image_writer, paint, read_image, resize, video_writer, write_image
 from engine.processes import barrier, rank, world
 from engine.run import Run

@@ -11,8 +11,9 @@ import torch
 from torch.utils.data import StackDataset
 
 from augment import FOR_STRONG, class_mix, cross_domain_mix, strong_view
-from datasets import Aligned, Crops, Images, RecalibrationImages, Whole, loader, translated_images
+from datasets import Crops, Images, RecalibrationImages, Whole, loader, translated_images
 from engine.files import find
+from engine.folders import Aligned
 from engine.images import image_writer, read_label
 from engine.loop import part_size
 from engine.processes import all_gather_rows, in_batch_order

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import StackDataset, Subset
 
-from datasets import Aligned, Crops, Images, Whole, loader
+from datasets import Crops, Images, Whole, loader
 from engine.config import UserError
 from engine.files import load_tensors
+from engine.folders import Aligned
 from engine.images import image_writer, read_image
 from engine.loop import part_size, progress
 from engine.processes import all_gather_rows, decided_by_first, rank, world

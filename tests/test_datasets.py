@@ -9,9 +9,10 @@ import pytest
 from conftest import CLASSES, IDS, SIZE, paletted_png, picture, save
 
 import datasets
-from datasets import Aligned, Crops, Images, Whole, list_images
-from engine import processes
+from datasets import Crops, Images, Whole
+from engine import folders, processes
 from engine.config import UserError
+from engine.folders import Aligned, list_images
 from engine.images import image_writer, read_image, read_label, resize, write_image
 from engine.processes import loader_workers
 from engine.run import Run
@@ -353,9 +354,9 @@ def test_resize_without_a_change_is_the_identity():
 
 def test_whole_images_keep_their_proportions(dataset):
     save(dataset / "own/a.png", np.zeros((100, 50, 3), np.uint8))
-    sample = Whole(datasets.Folder(dataset / "own"), [50, 100])[0]
+    sample = Whole(folders.Folder(dataset / "own"), [50, 100])[0]
     assert sample["image"].shape == (100, 50, 3)
-    assert Whole(datasets.Folder(dataset / "own"), [20, 40])[0]["image"].shape == (40, 20, 3)
+    assert Whole(folders.Folder(dataset / "own"), [20, 40])[0]["image"].shape == (40, 20, 3)
 
 
 def test_threads_that_have_used_opencv_do_not_end(dataset, config, monkeypatch):
@@ -369,7 +370,7 @@ def test_threads_that_have_used_opencv_do_not_end(dataset, config, monkeypatch):
 
         return call
 
-    monkeypatch.setattr("datasets.read_image", noted(read_image))
+    monkeypatch.setattr("engine.folders.read_image", noted(read_image))
     monkeypatch.setattr("engine.images.write_image", noted(write_image))
     image = Images(config(), "source", labelled=True).image(0)
     with image_writer() as write:

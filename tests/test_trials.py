@@ -25,7 +25,7 @@ import yaml
 from conftest import FORKS, ROOT, into_files, same, state
 from conftest import dataset as make_dataset
 
-import datasets
+from engine import folders
 from engine.command import command
 from engine.config import UserError
 
@@ -42,7 +42,7 @@ def _child(script, arguments, folder, out, env, stdout, chatty):
     os.chdir(folder)
     sys.argv = [f"{script}.py", *arguments]
     if chatty:
-        datasets.read_image = read_chattily
+        folders.read_image = read_chattily
     command(importlib.import_module(script).main)
 
 

@@ -26,10 +26,11 @@ from torch.utils.tensorboard import SummaryWriter
 import selftrain
 import translate_cyclegan
 import warmup
-from datasets import Aligned, Crops, Images, Whole, translated_images
+from datasets import Crops, Images, Whole, translated_images
 from engine.config import UserError, plain
 from engine.device import environment, memory_gb
 from engine.files import write_text
+from engine.folders import Aligned
 from engine.images import keep_freed_memory, read_label
 from engine.run import Run
 from losses import Centroids, upsample

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from datasets import EXTENSIONS, IGNORED, Images, list_images, warn
+from datasets import IGNORED, Images
 from engine.config import UserError, one_line
+from engine.folders import EXTENSIONS, list_images, warn
 from engine.images import paint, read_image, read_label, resize, threads, write_image
 from engine.loop import progress
 from settings import LAYOUTS, classes, load_config
