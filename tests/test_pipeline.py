@@ -22,6 +22,7 @@ from conftest import (
     ROOT,
     SIZE,
     SOURCE_ONLY,
+    Command,
     log,
     ok,
     picture,
@@ -582,11 +583,10 @@ def test_the_commands_as_a_user_types_them(dataset):
 
 
 @pytest.mark.parametrize("arguments", [("--init", "a", "b"), ("--check",), ()])
-def test_commands_that_have_moved_name_the_new_one(arguments):
-    done = shell("datasets.py", *arguments)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.count("\n") == 1
-    assert "python -m tools.own_data" in done.stderr
+def test_commands_that_have_moved_name_the_new_one(arguments, tmp_path):
+    code, out, err = Command("datasets", *arguments, cwd=ROOT, out=tmp_path).end()
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "python -m tools.own_data" in err
 
 
 class NoWaiting(TorchDispatchMode):

@@ -160,7 +160,7 @@ def run_all(dataset, *arguments, cwd=ROOT, **environment):
 
 
 def test_run_all_from_any_folder_with_a_relative_configuration(dataset):
-    options = ["stages=[warmup,oracle]", "warmup.steps=2", "warmup.crdomix=false"]
+    options = ["stages=[warmup,oracle]", "warmup.steps=2", "warmup.crdomix=false", "output=out"]
     line = ["bash", ROOT / "run_all.sh", "test.yaml", *options]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     more = {"cwd": dataset, "env": env, "capture_output": True, "text": True}
@@ -168,7 +168,7 @@ def test_run_all_from_any_folder_with_a_relative_configuration(dataset):
     assert done.returncode == 0, done.stderr
     heads = [line for line in done.stdout.splitlines() if line.startswith("== ")]
     assert heads == ["== warmup", "== oracle", "== evaluate"]
-    folder = dataset / "runs/test"
+    folder = dataset / "out/test"
     assert (folder / "report.html").is_file()
     warmup, oracle = (state(folder / f"{name}.pth")["config"] for name in ("warmup", "oracle"))
     found = [(c["warmup"]["labels_from"], c["bn_recalibrate"]) for c in (warmup, oracle)]

@@ -434,13 +434,6 @@ def test_paths_as_people_give_them(case, monkeypatch):
     assert not left.exists()
     assert other.exists()
     other.unlink()
-    elsewhere = case.folder / "elsewhere"
-    elsewhere.mkdir()
-    (elsewhere / "my.yaml").write_text((case.folder / "test.yaml").read_text())
-    command = ["bash", ROOT / "run_all.sh", "my.yaml", "name=all", "output=out", "stages=[warmup]"]
-    ended = subprocess.run([*command, *FAST], cwd=elsewhere, capture_output=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    assert (elsewhere / "out/all/report.html").is_file()
 
 
 def test_work_without_bound(case):

@@ -71,8 +71,11 @@ def closed(run):
 
 
 def stages(runs):
-    """Return rows of the stages' mIoU, a column for each run."""
-    rows = [["mIoU", *(f"seed {run['config'].seed}" for run in runs)], ["---"] * (len(runs) + 1)]
+    """Return rows of the stages' mIoU, a column for each run, named by its seed or its name."""
+    heads = [f"seed {run['config'].seed}" for run in runs]
+    if len(set(heads)) < len(runs):
+        heads = [run["folder"].name for run in runs]
+    rows = [["mIoU", *heads], ["---"] * (len(runs) + 1)]
     there = [s for s in STAGES if any(s in run["results"] for run in runs)]
     rows += [[WORDS[stage], *(figure(run, stage) for run in runs)] for stage in there]
     if set(REFERENCES) <= set(there):
