@@ -22,6 +22,7 @@ from losses import (
     Centroids,
     bilateral_consensus,
     ohem_loss,
+    probability_labels,
     supervised_loss,
     symmetric_distillation,
 )
@@ -117,8 +118,10 @@ def train(run, init, folder):
             with torch.no_grad(), run.autocast():
                 teacher_logits, features, _ = teacher_network(torch.cat([x_s, x_cdm, x_t]))
             y_f = centroids.assign(features[2 * size :], y_p.shape[-2:])
-            consensus = bilateral_consensus(y_p, y_f)
-            y_t = {"consensus": consensus, "probability": y_p, "feature": y_f}[options.labels]
+            if options.labels == "online":
+                y_p = probability_labels([teacher_logits[2 * size :]], y_p.shape[-2:])
+            single = {"probability": y_p, "feature": y_f}
+            y_t = single.get(options.labels, bilateral_consensus(y_p, y_f))
             if options.class_mixing:
                 both = draws, target_draws
                 x_mix, y_mix = class_mix(x_s, y_s, x_t, y_t, both, options.strong)

@@ -185,7 +185,7 @@ SCHEMA = {
         "rounds": integer(1, 100),
         "centroids": choice("crdomix", "target"),
         "momentum": number(0, 1),
-        "labels": choice("consensus", "probability", "feature"),
+        "labels": choice("consensus", "online", "probability", "feature"),
         "class_mixing": FLAG,
         "diagnose": FLAG,
     },

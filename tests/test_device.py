@@ -427,7 +427,7 @@ def test_a_step_of_a_shipped_configuration_mixes_no_devices_and_reads_nothing_ba
 @pytest.mark.parametrize(
     "options",
     [
-        ["precision=fp16", "accumulate=3"],
+        ["precision=fp16", "accumulate=3", "selftrain.labels=online"],
         ["precision=fp32", "supervised=ohem", "model.auxiliary=0.1"],
     ],
     ids=" ".join,

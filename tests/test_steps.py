@@ -163,7 +163,8 @@ def smaller(label, size):
     return F.interpolate(label[None, None].float(), size=size, mode="nearest-exact")[0, 0]
 
 
-def test_a_self_training_step(dataset, run, config, monkeypatch, warmed_up):
+@pytest.mark.parametrize("labels", ["consensus", "online"])
+def test_a_self_training_step(dataset, run, config, monkeypatch, warmed_up, labels):
     folder = dataset / "runs/test"
     rates = ("optimizer.lr_backbone=0.01", "optimizer.lr_head=0.02")
     options = (
@@ -171,6 +172,7 @@ def test_a_self_training_step(dataset, run, config, monkeypatch, warmed_up):
         "selftrain.centroids=target",
         "selftrain.momentum=0.1",
         "selftrain.distill=0.7",
+        f"selftrain.labels={labels}",
     )
     after_one_step(monkeypatch, run, "selftrain", *options, *rates)
     saved = torch.load(folder / "selftrain.unfinished.pth", weights_only=True)
@@ -207,6 +209,8 @@ def test_a_self_training_step(dataset, run, config, monkeypatch, warmed_up):
 
     distance = (features[4:, None] - centroids[None, :, :, None, None]).norm(dim=2)
     y_f = up((-distance).softmax(1), y_p.shape[1:]).argmax(1)
+    if labels == "online":
+        y_p = up(teacher_logits[4:], y_s.shape[1:]).argmax(1)
     y_t = torch.where(y_p == y_f, y_p, IGNORED)
     strong = augment.strong_view(x_t, target_draws[:, :8], cfg.selftrain.strong)
     x_mix = torch.stack([mixed(x_s[b], strong[b], y_s[b], draws[b, 264:]) for b in range(2)])
