@@ -5,6 +5,7 @@ files of the real layouts) shows here, on two made-up files of each split and wi
 A table of seconds and memory follows, a row per command.
 """
 
+import fnmatch
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -242,6 +244,24 @@ def shape(path):
     return read_image(path).shape[:2]
 
 
+FOLDERS = {
+    "gta5": "images", "synthia": "RGB", "cityscapes": "leftImg8bit/{split}",
+    "acdc": "rgb_anon/{split}", "bdd100k": "images/{split}", "folder": "{split}/images",
+}  # fmt: skip
+
+
+def originals(world, spec):
+    """A split's folder, up to the first * in it, and its images' names without extensions."""
+    folder, star, rest = FOLDERS[spec.layout].format(split=spec.split or ".").partition("*")
+    folder = world / spec.root / folder
+    return folder, fnmatch.filter(names(folder), f"{star}{rest}/*" if star else "*")
+
+
+def shape_of(folder, name):
+    """The (H, W) of the image with this name and any extension."""
+    return shape(next((folder / name).parent.glob(f"{Path(name).name}.*")))
+
+
 def test_the_stages_of_a_configuration_end_with_networks_and_finite_losses(shipped):
     for stage in shipped.networks:
         saved = torch.load(shipped.folder / f"{stage}.pth", weights_only=True)
@@ -261,20 +281,18 @@ def test_the_stages_of_a_configuration_end_with_networks_and_finite_losses(shipp
 def test_translated_images_have_the_names_and_sizes_of_the_source(shipped):
     if "translate" not in shipped.cfg.stages:
         pytest.skip("this configuration translates nothing")
-    source, translated = shipped.cfg.source, shipped.folder / "translated"
-    originals = shipped.world / source.root / {"synthia": "RGB"}.get(source.layout, "images")
-    assert names(translated) == names(originals)
-    for path in originals.iterdir():
-        assert shape(translated / f"{path.stem}.jpg") == shape(path)
+    translated = shipped.folder / "translated"
+    folder, wanted = originals(shipped.world, shipped.cfg.source)
+    assert names(translated) == wanted
+    for name in wanted:
+        assert shape(translated / f"{name}.jpg") == shape_of(folder, name)
 
 
 def test_pseudo_labels_have_the_names_and_sizes_of_the_target_and_hold_classes(shipped):
     if "selftrain" not in shipped.cfg.stages:
         pytest.skip("this configuration labels nothing")
     target = shipped.cfg.target
-    folder = {"cityscapes": "leftImg8bit/train", "folder": "train/images"}[target.layout]
-    originals = shipped.world / target.root / folder
-    wanted = names(originals)
+    folder, wanted = originals(shipped.world, target)
     if target.list:
         wanted = [name for name in wanted if name in (shipped.world / target.list).read_text()]
         assert len(wanted) == 1
@@ -283,7 +301,7 @@ def test_pseudo_labels_have_the_names_and_sizes_of_the_target_and_hold_classes(s
         assert names(labels) == wanted
         for name in wanted:
             label = read_label(labels / f"{name}.png")
-            assert (label.shape, label.dtype) == (shape(originals / f"{name}.png"), np.uint8)
+            assert (label.shape, label.dtype) == (shape_of(folder, name), np.uint8)
             assert label.max() < len(classes(shipped.cfg))
 
 
@@ -303,15 +321,14 @@ def test_every_network_is_scored_and_the_report_shows_it(shipped):
         assert len(figures) == 3 + len(cfg.evaluation.subsets)
         assert all(math.isfinite(x) and 0 <= x <= 100 for x in [*figures, *entry["iou"].values()])
 
-    images = {"cityscapes": "leftImg8bit/val", "bdd100k": "images/val", "folder": "{split}/images"}
     for stage, spec in wanted.items():
-        originals = shipped.world / spec.root / images[spec.layout].format(split=spec.split)
+        folder, _ = originals(shipped.world, spec)
         for kind in ("predictions", "overlays"):
             made = shipped.folder / kind / stage
             assert len(names(made)) == cfg.evaluation.pictures
             for path in made.rglob("*.png"):
-                original = next(originals.glob(f"{path.relative_to(made).with_suffix('')}.*"))
-                assert shape(path) == shape(original)
+                name = path.relative_to(made).with_suffix("")
+                assert shape(path) == shape_of(folder, name)
     assert (shipped.folder / "comparison.png").is_file()
 
     shipped.run("report", shipped.folder)
