@@ -96,11 +96,14 @@ def list_images(folder):
     names, seen = [], set()
     for path, folders, files in os.walk(folder, onerror=_unreadable, followlinks=True):
         real = Path(path).resolve()
-        for link in (Path(path, x) for x in files if not Path(x).suffix):
+        kinds = {x: os.path.splitext(x)[1].lower() for x in files}  # noqa: PTH122  # pathlib is slow
+        for link in (Path(path, x) for x in files if not kinds[x]):
             if link.is_symlink() and not os.access(link, os.R_OK):
                 raise UserError(f"{link}: links to nothing; is its disk there?")
-        images = [x for x in files if x[0] != "." and Path(x).suffix.lower() in EXTENSIONS]
-        names += [Path(path, x).relative_to(folder).as_posix() for x in images if real not in seen]
+        below = Path(path).relative_to(folder).as_posix()
+        place = "" if below == "." else f"{below}/"
+        images = (x for x in files if x[0] != "." and kinds[x] in EXTENSIONS)
+        names += [place + x for x in images if real not in seen]
         # links last: a file has its name below the folder rather than below a link
         folders.sort(key=lambda x, path=path: Path(path, x).is_symlink())
         folders[:] = [x for x in folders if x[0] != "." and real not in seen]
