@@ -1,6 +1,6 @@
 """Score networks on cfg.val, or segment images without labels: a folder, a video, the target.
 
-python evaluate.py --cfg config.yaml                   # every finished stage of the run
+python evaluate.py --cfg config.yaml                   # every finished stage; which one to use
 python evaluate.py --weights runs/NAME/selftrain.pth   # with the checkpoint's configuration
 python evaluate.py --weights runs/NAME/selftrain.pth evaluation.scales=[1.0,0.5]
 python evaluate.py --weights runs/NAME/selftrain.pth --images FOLDER_OR_VIDEO --out DIR
@@ -17,6 +17,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from torch.utils.data import Subset
 
 from datasets import Images, Whole
 from engine.config import NULL, TEXT, UserError, check_known, either, mapping, number
@@ -25,13 +26,15 @@ from engine.folders import Folder, Video
 from engine.images import image_writer, paint, read_image, resize, video_writer, write_image
 from engine.processes import barrier, rank, world
 from engine.run import Run
-from metrics import ConfusionMatrix, predictions
+from metrics import ConfusionMatrix, agreement, predictions
 from models import Predictor, load_segmenter, require_sizes
 from settings import classes, label_values, load_config, load_saved
 
 SCORE = either(number(0, 100), NULL)
 SCORES = {"dataset": TEXT, "miou": SCORE, "pixel_accuracy": SCORE, "teacher_miou": SCORE}
+SCORES["agreement"] = SCORE
 SCORES["iou"] = either(mapping(TEXT, SCORE, low=0), NULL)
+COMPARED = 50  # images of the target on which networks are compared without labels
 STAGES = ("source_only", "warmup", "selftrain_round1", "selftrain", "oracle")  # the table's order
 
 
@@ -115,11 +118,14 @@ def evaluate(run, path, datasets, out, args):
         scores = segment(run, student, whole, key, out, stage, pictured, ids)
         if not whole.images.labelled:
             print(f"{path}: pictures of {len(pictured)} images are in {out}")
-            continue
-        if teacher is not None:
+        elif teacher is not None:
             scores["teacher_miou"] = segment(run, teacher, whole, key)["miou"]
+        if key == first and not (args.images or args.weights):
+            scores |= without_labels(run, student)
+        if not scores:
+            continue
         scores["dataset"] = key
-        scores["split"] = (cfg.val if key == "val" else cfg.more_val[key]).split
+        scores["split"] = cfg.get(key, cfg.more_val.get(key)).split
         scores["scales"] = cfg.evaluation.scales
         scores["weights"] = "best_on_val" if path.stem.endswith("_best_on_val") else "last"
         scores["step"] = saved.get("step")
@@ -150,6 +156,28 @@ def segment(run, model, whole, key, out=None, stage=None, pictured=(), ids=False
                     write(out / "ids" / stage / picture, values_of(prediction, cfg))
     dataset = key if key == "val" else f"more_val.{key}"
     return matrix.scores(names, cfg.evaluation.subsets, dataset) if scored else {}
+
+
+def without_labels(run, model):
+    """Return a model's agreement on images of the target, {} where these are not there."""
+    cfg = run.cfg
+    if not Path(cfg.target.root).is_dir():
+        return {}
+    whole = Whole(Images(cfg, "target", labelled=False), cfg.target.sizes[-1])
+    some = np.unique(np.linspace(0, len(whole) - 1, COMPARED, dtype=int)).tolist()
+    return {"agreement": agreement(run, run.place(model), Subset(whole, some))}
+
+
+def advice(results):
+    """Return a line that says which network to use, judged without labels; "" for less than two."""
+    found = {stage: entry.get("agreement") for stage, entry in results.items() if stage != "oracle"}
+    found = {stage: x for stage, x in found.items() if x is not None}
+    if len(found) < 2:
+        return ""
+    best = max(found, key=found.get)
+    figures = ", ".join(f"{stage} {x:.1f}" for stage, x in found.items())
+    harm = " Adaptation may have harmed." if best in ("source_only", "source") else ""
+    return f"Without labels, {best} is the one to use.{harm} Agreement between scales: {figures}"
 
 
 def read_results(path):
@@ -223,7 +251,7 @@ def table(results, names):
     rows = [["", "mIoU", *means, "accuracy", "teacher", *names]]
     for stage, entry in results.items():
         keys = ("miou", *means, "pixel_accuracy", "teacher_miou")
-        figures = [*map(entry.get, keys), *map(entry["iou"].get, names)]
+        figures = [*map(entry.get, keys), *map(entry.get("iou", {}).get, names)]
         rows.append([stage, *("-" if x is None else f"{x:.1f}" for x in figures)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
@@ -234,11 +262,13 @@ def table(results, names):
 def summarise(run, stages, datasets, out):
     """Print the table of results and write comparison.png, the gallery as one picture."""
     key, cfg = next(iter(datasets)), run.cfg
+    results = read_results(run.folder / "results.json")
     if any(whole.images.labelled for whole in datasets.values()):
-        results = read_results(run.folder / "results.json")
         print(table(results, list(classes(cfg))))
         if key == "val":
             stages = [stage for stage, entry in results.items() if entry["dataset"] == "val"]
+    if key != "images" and advice(results):
+        print(advice(results))
     if isinstance(datasets[key].images, Video):
         return
     rows = list(gallery(out, datasets[key], stages, cfg))

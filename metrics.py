@@ -1,4 +1,4 @@
-"""Intersection over union, predictions at several scales, sliding window, validation."""
+"""Scores with labels and without, predictions at several scales, sliding window, validation."""
 
 import copy
 import functools
@@ -16,6 +16,7 @@ from losses import probability_labels, upsample
 from models import recalibrate_batchnorm
 from settings import classes
 
+SCALES = (1.0, 0.5)  # of agreement
 WINDOWS = 4  # windows in a batch; more of them do not make a GPU faster
 
 
@@ -110,6 +111,20 @@ def predictions(run, model, whole, scales, tile=None):
             outputs = at_scales(network, run.fetch(sample["image"])[None], scales)
         logits = [logits for logits, *_ in outputs]
         yield sample, probability_labels(logits, sample["shape"])[0], outputs
+
+
+def agreement(run, model, whole):
+    """Return a score that needs no labels: the percentage of pixels of one class at both SCALES.
+
+    Both predictions are at the file's size. whole: a datasets.Whole, or a part of one. It ranks
+    networks of one target as mIoU does, but for small differences: see docs/results.md.
+    """
+    counts = torch.zeros(2, dtype=torch.int64, device=run.device)
+    for sample, _, outputs in predictions(run, model, whole, SCALES):
+        full, half = (probability_labels([x], sample["shape"]) for x, *_ in outputs)
+        counts += torch.stack([(full == half).sum(), torch.ones_like(full).sum()])
+    same, pixels = sum_over_processes(counts).tolist()
+    return 100 * same / pixels
 
 
 def validate(run, step, images, recalibration, student, teacher):

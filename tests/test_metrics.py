@@ -1,11 +1,18 @@
-"""IoU against cityscapesscripts, on the same prediction files."""
+"""IoU against cityscapesscripts, on the same prediction files; the score that needs no labels."""
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, save
+from torch.utils.data import Subset
 
-from metrics import ConfusionMatrix
+from datasets import Whole
+from engine.folders import Folder
+from engine.run import Run
+from evaluate import advice
+from metrics import ConfusionMatrix, agreement
+from models import build_segmenter
 from settings import CITYSCAPES, label_values, load_config
 
 
@@ -72,3 +79,43 @@ def test_synthias_means_over_16_and_13_classes(maps):
 def test_the_subsets_of_a_configuration_are_of_its_classes():
     cfg = load_config(ROOT / "config.yaml", ['evaluation.subsets={"16": [road, sky]}'])
     assert cfg.evaluation.subsets == {"16": ["road", "sky"]}
+
+
+def test_agreement_is_the_share_of_pixels_of_one_class_at_full_and_half_size(tmp_path):
+    """On some images of unequal sizes, of a network in single precision."""
+    rng = np.random.default_rng(0)
+    shapes = [(96, 130), (101, 96), (96, 96)]
+    images = [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in shapes]
+    for i, image in enumerate(images):
+        save(tmp_path / f"{i}.png", image)
+    torch.manual_seed(1)
+    model = build_segmenter("resnet18", 5, 8, 32).eval()
+    same = []
+    for image in (images[0], images[2]):
+        x = torch.tensor(image.copy()).permute(2, 0, 1)[None] / 255
+        half = [max(round(side / 2), 1) for side in x.shape[2:]]
+        small = F.interpolate(x, half, mode="bilinear", antialias=True)
+        with torch.no_grad():
+            maps = [
+                F.interpolate(model(y)[0], x.shape[2:], mode="bilinear", align_corners=True)
+                for y in (x, small)
+            ]
+        same.append((maps[0].argmax(1) == maps[1].argmax(1)).flatten())
+    wanted = 100 * torch.cat(same).float().mean().item()
+    assert 1 < wanted < 99
+
+    overrides = ["precision=fp32", "device=cpu", "workers=0", f"output={tmp_path}"]
+    run = Run(load_config(ROOT / "config.yaml", overrides), "evaluate", "evaluation")
+    found = agreement(run, run.place(model), Subset(Whole(Folder(tmp_path)), [0, 2]))
+    assert found == pytest.approx(wanted, abs=0.02)
+
+
+def test_the_network_of_the_largest_agreement_is_the_one_to_use_but_not_the_oracle():
+    scores = {"source_only": 80.0, "warmup": 75.5, "oracle": 90.0}
+    results = {stage: {"agreement": x} for stage, x in scores.items()}
+    line = advice(results | {"warmup_on_night": {}})
+    assert line.startswith("Without labels, source_only is the one to use. Adaptation may have")
+    assert line.endswith(": source_only 80.0, warmup 75.5")
+    line = advice(results | {"selftrain": {"agreement": 85.0}})
+    assert line.startswith("Without labels, selftrain is the one to use. Agreement")
+    assert advice({"warmup": {"agreement": 80.0}, "oracle": {"agreement": 90.0}}) == ""

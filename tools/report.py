@@ -25,7 +25,7 @@ from engine import config
 from engine.config import NULL, TEXT, UserError, either, integer
 from engine.files import FREE_KEYS
 from engine.images import read_image, resize
-from evaluate import STAGES, gallery, read_results, what_to_segment
+from evaluate import STAGES, advice, gallery, read_results, what_to_segment
 from settings import classes, load_config, load_saved
 from tools.templates import render
 
@@ -140,7 +140,8 @@ def flat(config, prefix=""):
 
 def about(run):
     """Return the template's values for one run."""
-    results, config, log = run["results"], run["config"], run["log"]
+    config, log = run["config"], run["log"]
+    results = {k: entry for k, entry in run["results"].items() if entry["dataset"] != "target"}
     own = {stage: entry for stage, entry in results.items() if entry["dataset"] == "val"}
     scored = [s for s in STAGES if s in own and s != "oracle" and own[s]["miou"] is not None]
     before, after = (scored[0], scored[-1]) if len(scored) > 1 else (None, None)
@@ -151,6 +152,7 @@ def about(run):
     return {
         "name": run["folder"].name,
         "results": results,
+        "advice": advice(run["results"]),
         "means": sorted({k for entry in results.values() for k in entry if k.startswith("miou_")}),
         "gaps": {stage: gap_closed(own, stage) for stage in own},
         "before": before,
