@@ -35,6 +35,7 @@ SCORES = {"dataset": TEXT, "miou": SCORE, "pixel_accuracy": SCORE, "teacher_miou
 SCORES["agreement"] = SCORE
 SCORES["iou"] = either(mapping(TEXT, SCORE, low=0), NULL)
 COMPARED = 50  # images of the target on which networks are compared without labels
+UNSURE = 1  # a smaller difference in agreement says nothing: the later stage is preferred then
 STAGES = ("source_only", "warmup", "selftrain_round1", "selftrain", "oracle")  # the table's order
 
 
@@ -174,7 +175,7 @@ def advice(results):
     found = {stage: x for stage, x in found.items() if x is not None}
     if len(found) < 2:
         return ""
-    best = max(found, key=found.get)
+    best = [stage for stage, x in found.items() if x >= max(found.values()) - UNSURE][-1]
     figures = ", ".join(f"{stage} {x:.1f}" for stage, x in found.items())
     harm = " Adaptation may have harmed." if best in ("source_only", "source") else ""
     return f"Without labels, {best} is the one to use.{harm} Agreement between scales: {figures}"

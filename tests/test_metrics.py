@@ -118,4 +118,6 @@ def test_the_network_of_the_largest_agreement_is_the_one_to_use_but_not_the_orac
     assert line.endswith(": source_only 80.0, warmup 75.5")
     line = advice(results | {"selftrain": {"agreement": 85.0}})
     assert line.startswith("Without labels, selftrain is the one to use. Agreement")
+    results = {"selftrain_round1": {"agreement": 89.0}, "selftrain": {"agreement": 88.5}}
+    assert advice(results).startswith("Without labels, selftrain is")
     assert advice({"warmup": {"agreement": 80.0}, "oracle": {"agreement": 90.0}}) == ""

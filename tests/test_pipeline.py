@@ -426,9 +426,9 @@ def test_without_labels_to_score_with_the_target_is_pictured(dataset, run):
     out = ok(run("evaluate", "val.root=null", "evaluation.pictures=1"))
     results = json.loads((folder / "results.json").read_text())
     assert 0 < results["warmup"]["agreement"] == results["other"]["agreement"]
-    assert out.splitlines()[-1].startswith("Without labels, warmup is the one to use.")
+    assert out.splitlines()[-1].startswith("Without labels, other is the one to use.")
     ok(run("tools.report", folder))
-    assert "Without labels, warmup" in (folder / "report.html").read_text()
+    assert "Without labels, other" in (folder / "report.html").read_text()
     code, _, err = run("warmup", "val.root=null", "val_every=5")
     assert (code, "val_every" in err) == (2, True)
 
