@@ -126,7 +126,7 @@ def evaluate(run, path, datasets, out, args):
         if not scores:
             continue
         scores["dataset"] = key
-        scores["split"] = cfg.get(key, cfg.more_val.get(key)).split
+        scores["split"] = cfg.more_val.get(key, cfg.get(key)).split
         scores["scales"] = cfg.evaluation.scales
         scores["weights"] = "best_on_val" if path.stem.endswith("_best_on_val") else "last"
         scores["step"] = saved.get("step")
@@ -252,7 +252,7 @@ def table(results, names):
     rows = [["", "mIoU", *means, "accuracy", "teacher", *names]]
     for stage, entry in results.items():
         keys = ("miou", *means, "pixel_accuracy", "teacher_miou")
-        figures = [*map(entry.get, keys), *map(entry.get("iou", {}).get, names)]
+        figures = [*map(entry.get, keys), *map((entry.get("iou") or {}).get, names)]
         rows.append([stage, *("-" if x is None else f"{x:.1f}" for x in figures)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])

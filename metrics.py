@@ -122,7 +122,8 @@ def agreement(run, model, whole):
     counts = torch.zeros(2, dtype=torch.int64, device=run.device)
     for sample, _, outputs in predictions(run, model, whole, SCALES):
         full, half = (probability_labels([x], sample["shape"]) for x, *_ in outputs)
-        counts += torch.stack([(full == half).sum(), torch.ones_like(full).sum()])
+        counts[0] += (full == half).sum()
+        counts[1] += full.numel()
     same, pixels = sum_over_processes(counts).tolist()
     return 100 * same / pixels
 

@@ -141,7 +141,7 @@ def flat(config, prefix=""):
 def about(run):
     """Return the template's values for one run."""
     config, log = run["config"], run["log"]
-    results = {k: entry for k, entry in run["results"].items() if entry["dataset"] != "target"}
+    results = {k: x for k, x in run["results"].items() if x["iou"] or x["miou"] is not None}
     own = {stage: entry for stage, entry in results.items() if entry["dataset"] == "val"}
     scored = [s for s in STAGES if s in own and s != "oracle" and own[s]["miou"] is not None]
     before, after = (scored[0], scored[-1]) if len(scored) > 1 else (None, None)
