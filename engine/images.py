@@ -7,6 +7,7 @@ pixel is ignored. Colours are a dict: class name -> (r, g, b), in the order of t
 import contextlib
 import ctypes
 import io
+import re
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -20,6 +21,7 @@ from engine.config import UserError
 from engine.files import write_atomically
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+RAW = re.compile(rb"P6\s(\d+)\s(\d+)\s255\s")  # a PPM without comments: width, height
 JPEG = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, 0x111111]  # 4:4:4
 # IMWRITE_PNG_FILTER, ..._NONE, unknown to OpenCV 4.11: labels decode in a third of the time
 UNFILTERED = [19, 8]
@@ -49,8 +51,15 @@ def keep_freed_memory():
 
 
 def read_image(path):
-    """Return an image file as RGB uint8 (H, W, 3), not turned by EXIF. Raises UserError."""
-    return _decode(path, _read(path), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    """Return an image file as RGB uint8 (H, W, 3), not turned by EXIF. Raises UserError.
+
+    Raw pixels (PPM) are mapped into memory: what a crop leaves out is never read from the disk.
+    """
+    image = _map(path) if Path(path).suffix == ".ppm" and Path(path).is_file() else None
+    if image is None:
+        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+        image = _decode(path, _read(path), flags)
+    return image
 
 
 def read_label(path, red_only=False):
@@ -74,6 +83,16 @@ def read_label(path, red_only=False):
     if values.dtype not in (np.uint8, np.uint16):
         raise UserError(f"{path}: holds {values.dtype} values; a label holds 8- or 16-bit integers")
     return values
+
+
+def _map(path):
+    """Return the pixels of a PPM, mapped into memory; None where it must be read and judged."""
+    with contextlib.suppress(OSError, ValueError), Path(path).open("rb") as file:
+        if header := RAW.match(file.read(64)):
+            shape = int(header[2]), int(header[1]), 3
+            if min(shape[:2]) >= 8:
+                return np.memmap(file, np.uint8, "c", header.end(), shape)
+    return None
 
 
 def _read(path):

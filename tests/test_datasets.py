@@ -152,6 +152,24 @@ def test_a_truncated_jpeg(tmp_path):
         read_image(tmp_path / "a.jpg")
 
 
+def test_raw_pixels_are_mapped_not_read(tmp_path):
+    image, path = picture(0)[0], tmp_path / "a.ppm"
+    write_image(path, image)
+    mapped = read_image(path)
+    assert isinstance(mapped, np.memmap)
+    assert np.array_equal(mapped, image)
+    mapped[:] = 0  # what is done to the array never reaches the file
+    assert np.array_equal(read_image(path), image)
+    header, pixels = path.read_bytes()[: -image.size], image.tobytes()
+    commented = header.replace(b"P6\n", b"P6\n# made by a camera\n")
+    path.write_bytes(commented + pixels)
+    assert np.array_equal(read_image(path), image)
+    for broken in (header + pixels[:-1], header, b"P6\n3 4\n255\n" + bytes(36), b"P6\n", b""):
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match=r"a\.ppm: "):
+            read_image(path)
+
+
 def break_label(dataset, kind):
     path = dataset / "game/labels/00003.png"
     image, label = picture(3)
