@@ -72,7 +72,10 @@ def train(run, init, folder):
     )
     recalibration = RecalibrationImages(run, options.batch)
     val = Images(cfg, "val", labelled=True) if cfg.val_every else None
-    truth = {"truth": Images(cfg, "target", labelled=True).label} if options.diagnose else {}
+    stored = options.labels != "online"  # else the moving teacher's own take their place
+    beside_target = {}
+    if options.diagnose:
+        beside_target["truth"] = Images(cfg, "target", labelled=True).label
 
     # student, teacher, optimizer, centroids
     student = run.place(require_sizes(load_segmenter(init, cfg)[0], cfg, 3 * size))
@@ -87,7 +90,9 @@ def train(run, init, folder):
     run.describe()
     if first is None:
         first = 0
-        class_means = label_target(run, student, target, centroids, folder)
+        class_means = ()
+        if stored or options.centroids == "target":
+            class_means = label_target(run, student, target, centroids, folder)
         if options.centroids == "crdomix":
             of_source = class_means_of_source(run, student, source, beside, centroids)
             class_means = itertools.chain(class_means, of_source)
@@ -95,8 +100,9 @@ def train(run, init, folder):
             centroids.accumulate(means.to(run.device), found)
         student.train()
         run.save_unfinished(first, state)
-    labels = Aligned(folder, target.names, read_label, "give --force to make pseudo-labels anew")
-    beside_target = {"pseudo": labels, **truth}
+    if stored:
+        remedy = "give --force to make pseudo-labels anew"
+        beside_target["pseudo"] = Aligned(folder, target.names, read_label, remedy)
     target_crops = Crops(cfg, run.stage, "target", target, options.batch, total, **beside_target)
 
     # training
@@ -111,15 +117,17 @@ def train(run, init, folder):
         for batch in parts:
             of_source, of_target = batch["source"], batch["target"]
             x_s, y_s, draws = of_source["image"], of_source["label"], of_source["draws"]
-            x_t, y_p, target_draws = of_target["image"], of_target["pseudo"], of_target["draws"]
-            translated = of_source.get("translated")
+            x_t, target_draws = of_target["image"], of_target["draws"]
+            translated, label_size = of_source.get("translated"), y_s.shape[-2:]
             x_cdm = cross_domain_mix(x_s, y_s, translated, draws, options.strong)
 
             with torch.no_grad(), run.autocast():
                 teacher_logits, features, _ = teacher_network(torch.cat([x_s, x_cdm, x_t]))
-            y_f = centroids.assign(features[2 * size :], y_p.shape[-2:])
-            if options.labels == "online":
-                y_p = probability_labels([teacher_logits[2 * size :]], y_p.shape[-2:])
+            y_f = centroids.assign(features[2 * size :], label_size)
+            if stored:
+                y_p = of_target["pseudo"]
+            else:
+                y_p = probability_labels([teacher_logits[2 * size :]], label_size)
             single = {"probability": y_p, "feature": y_f}
             y_t = single.get(options.labels, bilateral_consensus(y_p, y_f))
             if options.class_mixing:
@@ -135,7 +143,7 @@ def train(run, init, folder):
             if cfg.model.auxiliary:
                 ce = ce + cfg.model.auxiliary * supervised(auxiliary[:size], y_s)
                 ce_mix = ce_mix + cfg.model.auxiliary * supervised(auxiliary[2 * size :], y_mix)
-            pair, kappa, label_size = slice(2 * size), options.strong_to_weak, y_s.shape[-2:]
+            pair, kappa = slice(2 * size), options.strong_to_weak
             kd = symmetric_distillation(logits[pair], teacher_logits[pair], kappa, label_size)
             loss = ce + ce_mix + options.distill * kd
 

@@ -236,3 +236,11 @@ def test_a_self_training_step(dataset, run, config, monkeypatch, warmed_up, labe
             for k, mean in class_means(features[first + b], predicted, label):
                 centroids[k] = 0.9 * centroids[k] + 0.1 * mean
     torch.testing.assert_close(saved["centroids"]["vectors"], centroids, rtol=1e-3, atol=1e-4)
+
+
+def test_labels_of_the_moving_teacher_are_not_stored(dataset, run, warmed_up):
+    options = ("selftrain.labels=online", "selftrain.steps=2", "selftrain.diagnose=true")
+    assert run("selftrain", *options, "selftrain.rounds=1", "log_every=1")[0] == 0
+    lines = (dataset / "runs/test/log.jsonl").read_text().splitlines()
+    assert json.loads(lines[-2])["precision"] >= 0
+    assert not (dataset / "runs/test/pseudo_labels").exists()
