@@ -14,7 +14,6 @@ import re
 from pathlib import Path
 
 from engine.files import write_text
-from evaluate import STAGES
 from tools.report import REFERENCES, gap_closed, read_run
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +25,10 @@ WORDS = {
     "warmup": "after the warm-up",
     "selftrain_round1": "after the first round of self-training",
     "selftrain": "after the last round",
+    "source": "source only, on strong views",
+    "dacs": "DACS",
+    "daformer": "DAFormer",
+    "mic": "MIC",
     "oracle": "oracle: trained on the target's labels",
 }
 COLUMNS = ("entry", "source → target", "network", "source only", "warm-up", "self-training")
@@ -61,8 +64,12 @@ def pages(root):
 
 
 def figure(run, stage):
-    score = run["results"].get(stage, {}).get("miou")
-    return "-" if score is None else f"{score:.1f}"
+    """Return a stage's mIoU, and in brackets those of cfg.evaluation.subsets."""
+    scores = run["results"].get(stage, {})
+    if scores.get("miou") is None:
+        return "-"
+    subsets = [f"({value:.1f})" for key, value in scores.items() if key.startswith("miou_")]
+    return " ".join([f"{scores['miou']:.1f}", *subsets])
 
 
 def closed(run):
@@ -76,7 +83,7 @@ def stages(runs):
     if len(set(heads)) < len(runs):
         heads = [run["folder"].name for run in runs]
     rows = [["mIoU", *heads], ["---"] * (len(runs) + 1)]
-    there = [s for s in STAGES if any(s in run["results"] for run in runs)]
+    there = [s for s in WORDS if any(s in run["results"] for run in runs)]
     rows += [[WORDS[stage], *(figure(run, stage) for run in runs)] for stage in there]
     if set(REFERENCES) <= set(there):
         rows.append(["share of the gap that is closed", *map(closed, runs)])
