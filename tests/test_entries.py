@@ -6,6 +6,7 @@ import shutil
 import pytest
 from conftest import ROOT
 
+from engine.config import UserError
 from tools.entries import KEPT, pages
 
 
@@ -33,6 +34,12 @@ def test_a_changed_figure_is_found(copied):
     page = copied / "README.md"
     page.write_text(page.read_text().replace(f"{results['warmup']['miou']:.1f}", "99.9"))
     assert "99.9" not in pages(copied)[page]
+
+
+def test_a_table_of_an_entry_that_is_not_there(copied):
+    shutil.rmtree(copied / "docs/results/demo_seed1")
+    with pytest.raises(UserError, match="no entry demo_seed1"):
+        pages(copied)
 
 
 def test_an_entry_says_what_it_was():

@@ -13,6 +13,7 @@ import argparse
 import re
 from pathlib import Path
 
+from engine.config import UserError
 from engine.files import write_text
 from tools.report import REFERENCES, gap_closed, read_run
 
@@ -56,7 +57,10 @@ def pages(root):
         if found[2] == "all":
             rows = [COLUMNS, ["---"] * len(COLUMNS), *map(line, entries.values())]
         else:
-            rows = stages([entries[name] for name in found[2].split()])
+            names = found[2].split()
+            if unknown := {*names} - {*entries}:
+                raise UserError(f"docs/results has no entry {min(unknown)}, which a table names")
+            rows = stages([entries[name] for name in names])
         return found[1] + "\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
     paths = (root / page for page in PAGES)
