@@ -21,7 +21,7 @@ from engine.config import UserError
 from engine.files import write_atomically
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-RAW = re.compile(rb"P6\s(\d+)\s(\d+)\s255\s")  # a PPM without comments: width, height
+RAW = re.compile(rb"P6\s(\d{1,5})\s(\d{1,5})\s255\s")  # a PPM: width, height; no overflow
 JPEG = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, 0x111111]  # 4:4:4
 # IMWRITE_PNG_FILTER, ..._NONE, unknown to OpenCV 4.11: labels decode in a third of the time
 UNFILTERED = [19, 8]

@@ -164,7 +164,9 @@ def test_raw_pixels_are_mapped_not_read(tmp_path):
     commented = header.replace(b"P6\n", b"P6\n# made by a camera\n")
     path.write_bytes(commented + pixels)
     assert np.array_equal(read_image(path), image)
-    for broken in (header + pixels[:-1], header, b"P6\n3 4\n255\n" + bytes(36), b"P6\n", b""):
+    sizes = (3, 4), (99999, 99999), (2**63 - 1, 9), (9, 10**30)
+    wrong = [b"P6\n%d %d\n255\n" % size + bytes(36) for size in sizes]
+    for broken in (header + pixels[:-1], header, b"P6\n", b"", *wrong):
         path.write_bytes(broken)
         with pytest.raises(UserError, match=r"a\.ppm: "):
             read_image(path)
