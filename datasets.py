@@ -290,6 +290,7 @@ def _set_up_worker(_):
     cv2.setNumThreads(1)
     keep_freed_memory()
     signals.ignore()  # they are sent to the whole process group; the parent answers them
+    signals.end_with_parent()
 
 
 class RecalibrationImages:

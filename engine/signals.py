@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 GO_ON = "the same command goes on from the last checkpoint"
@@ -52,6 +53,20 @@ def ignore():
     if hasattr(signal, "SIGCHLD"):  # with it, torch raises an error for each worker that is lost
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     handle(signal.SIG_IGN, signal.SIG_IGN)
+
+
+def end_with_parent():
+    """End this worker as soon as its parent has ended, even where SIGKILL ended that one.
+
+    torch's watchdog notes the parent that it finds when it starts: a worker whose parent was killed
+    before that would wait for ever.
+    """
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 if Path(sys.argv[0]).resolve().parent in (ROOT, ROOT / "tools"):  # a script of ours, not a test

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 
+import psutil
 import pytest
 from conftest import ROOT, log, ok, picture, same, save, state
 
@@ -149,6 +150,49 @@ def test_a_loader_that_ends_early_leaves_no_worker(dataset, run, start_method):
                        "optimizer.lr_backbone=100", "warmup.steps=60", "log_every=1")  # fmt: skip
     assert code in (0, 2), err
     assert multiprocessing.active_children() == []
+
+
+# a process that is killed by its own worker, before torch watches over the workers
+KILLED = """
+import multiprocessing, os, signal, sys, time, types
+import datasets
+
+set_up = datasets._set_up_worker
+
+def kill_the_parent(number):
+    with open(f"worker{number}", "w") as file:
+        file.write(str(os.getpid()))
+    while not (os.path.exists("worker0") and os.path.exists("worker1")):
+        time.sleep(0.01)
+    if number == 1:
+        os.kill(int(os.environ["LOADS"]), signal.SIGKILL)
+    time.sleep(1)
+    set_up(number)
+
+datasets._set_up_worker = kill_the_parent
+if __name__ == "__main__":
+    os.environ["LOADS"] = str(os.getpid())
+    multiprocessing.set_start_method(sys.argv[1])
+    cpu = types.SimpleNamespace(type="cpu")
+    run = types.SimpleNamespace(cfg=types.SimpleNamespace(workers=2), device=cpu)
+    next(iter(datasets.loader(run, range(8), batch_size=1)))
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_no_worker_outlives_a_process_that_is_killed_while_they_start(tmp_path, method):
+    save_text(tmp_path / "killed.py", KILLED)
+    line = [sys.executable, "killed.py", method]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    loads = subprocess.Popen(line, cwd=tmp_path, env=env, **silent)
+    assert loads.wait(timeout=120) == -signal.SIGKILL
+    pids = {int((tmp_path / f"worker{number}").read_text()) for number in range(2)}
+    alive = [process for process in psutil.process_iter() if process.pid in pids]
+    _, alive = psutil.wait_procs(alive, timeout=15)
+    for process in alive:
+        process.kill()
+    assert not alive
 
 
 # ---------------------------------------------------------------- run_all
