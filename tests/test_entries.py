@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 from engine.config import UserError
-from tools.entries import KEPT, pages
+from tools.entries import KEPT, agreements, pages
 
 
 @pytest.fixture
@@ -40,6 +40,18 @@ def test_a_table_of_an_entry_that_is_not_there(copied):
     shutil.rmtree(copied / "docs/results/demo_seed1")
     with pytest.raises(UserError, match="no entry demo_seed1"):
         pages(copied)
+
+
+def test_the_pairs_that_agreement_ranks(tmp_path):
+    found = {"source_only": (30, 80), "warmup": (40, 85), "selftrain": (45, 83), "oracle": (60, 70)}
+    results = {stage: {"miou": miou, "agreement": x} for stage, (miou, x) in found.items()}
+    runs = [{"folder": tmp_path / name, "results": results} for name in ("a", "b")]
+    rows = [*agreements(runs)][2:]
+    networks = "source_only 30.0, warmup 40.0, selftrain 45.0"
+    assert rows[0] == ("a", networks, "80.0, 85.0, 83.0", "2 of 3")
+    assert rows[2][3] == "4 of 6"
+    results["warmup"]["agreement"] = results["selftrain"]["agreement"] = None
+    assert [*agreements(runs)][2:] == [("all", "", "", "0 of 0")]  # one network ranks nothing
 
 
 def test_an_entry_says_what_it_was():
