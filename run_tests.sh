@@ -12,4 +12,4 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 ruff check .
 ruff format --check .
 # Two processes share the tests; with LONG=1 one has the memory and the table of a file for itself.
-python -m pytest --numprocesses "$([ -n "${LONG:-}" ] && echo 0 || echo 2)" "$@"
+python -m pytest --numprocesses "$([ -n "${LONG:-}" ] && echo 0 || echo 2)" --dist worksteal "$@"
