@@ -56,7 +56,7 @@ def ignore():
 
 
 def end_with_parent():
-    """End this worker as soon as its parent has ended, even where SIGKILL ended that one.
+    """End this worker as soon as its parent has ended, even where that one was killed.
 
     torch's watchdog notes the parent that it finds when it starts: a worker whose parent was killed
     before that would wait for ever.
