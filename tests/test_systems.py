@@ -160,9 +160,9 @@ import datasets
 set_up = datasets._set_up_worker
 
 def kill_the_parent(number):
-    with open("being_written%d" % number, "w") as file:
+    with open(f"being_written{number}", "w") as file:
         file.write(str(os.getpid()))
-    os.replace("being_written%d" % number, f"worker{number}")
+    os.replace(f"being_written{number}", f"worker{number}")
     while not (os.path.exists("worker0") and os.path.exists("worker1")):
         time.sleep(0.01)
     if number == 1:
