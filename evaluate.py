@@ -36,7 +36,9 @@ SCORES["agreement"] = SCORE
 SCORES["iou"] = either(mapping(TEXT, SCORE, low=0), NULL)
 COMPARED = 50  # images of the target on which networks are compared without labels
 UNSURE = 1  # a smaller difference in agreement says nothing: the later stage is preferred then
-STAGES = ("source_only", "warmup", "selftrain_round1", "selftrain", "oracle")  # the table's order
+# the table's order, with the other methods of tools.baselines before DiGA's stages
+STAGES = ("source_only", "source", "dacs", "daformer", "mic")
+STAGES += ("warmup", "selftrain_round1", "selftrain", "oracle")
 
 
 def main():

@@ -7,7 +7,9 @@ import pytest
 from conftest import ROOT
 
 from engine.config import UserError
-from tools.entries import KEPT, agreements, pages
+from evaluate import STAGES
+from tools.baselines import METHODS
+from tools.entries import KEPT, WORDS, agreements, pages
 
 
 @pytest.fixture
@@ -52,6 +54,11 @@ def test_the_pairs_that_agreement_ranks(tmp_path):
     assert rows[2][3] == "4 of 6"
     results["warmup"]["agreement"] = results["selftrain"]["agreement"] = None
     assert [*agreements(runs)][2:] == [("all", "", "", "0 of 0")]  # one network ranks nothing
+
+
+def test_other_methods_come_before_diga_wherever_the_last_network_is_the_one_to_use():
+    assert tuple(WORDS) == STAGES
+    assert set(METHODS) < set(STAGES[: STAGES.index("warmup")])
 
 
 def test_an_entry_says_what_it_was():
