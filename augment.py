@@ -32,14 +32,14 @@ def cross_domain_mix(images, labels, translated, draws, beta):
 
 
 def class_mix(images, labels, target_images, target_labels, draws, beta):
-    """Return class mixing's x_mix = M' x_s + (1 - M') x~_t and y_mix, mixed alike (as in DACS).
+    """Return class mixing's x_mix = M' x_s + (1 - M') x~_t; y_mix, mixed alike; M' (as in DACS).
 
     The source's part is the weak view. draws: a pair of (B, DRAWS); the source's choose M', the
     target's make its strong view.
     """
     mask = class_mask(labels, choose_classes(labels, draws[0][:, FOR_MIXING]))
     strong = strong_view(target_images, draws[1][:, FOR_STRONG], beta)
-    return mix(mask, images, strong), mix(mask, labels, target_labels)
+    return mix(mask, images, strong), mix(mask, labels, target_labels), mask
 
 
 def strong_view(images, draws, beta):

@@ -14,6 +14,7 @@ from torch import nn
 from engine.kernels import upsampled_cross_entropy
 
 IGNORED = 255
+CONFIDENT = 0.968  # a pixel's probability (DACS)
 
 
 def upsample(maps, size):
@@ -21,21 +22,22 @@ def upsample(maps, size):
     return F.interpolate(maps.float(), size=tuple(size), mode="bilinear", align_corners=True)
 
 
-def supervised_loss(logits, labels):
-    """Return L_ce = mean over pixels of -log S(x)_y, a scalar.
+def supervised_loss(logits, labels, weights=None):
+    """Return L_ce = mean over pixels of -w log S(x)_y, a scalar; w = 1 without `weights`.
 
     The mean is over all pixels: ignored ones add nothing, but count in the divisor.
-    logits: (B, K, h, w), upsampled to the labels' size. labels: (B, H, W) integers.
+    logits: (B, K, h, w), upsampled to the labels' size. labels: (B, H, W) integers. weights: w,
+    (B, H, W) float32.
     """
     size = labels.shape[-2:]
-    return upsampled_cross_entropy(logits, labels.long(), size, IGNORED) / labels.numel()
+    return upsampled_cross_entropy(logits, labels.long(), size, IGNORED, weights) / labels.numel()
 
 
-def ohem_loss(logits, labels, threshold=0.7, min_pixels=100_000):
+def ohem_loss(logits, labels, weights=None, threshold=0.7, min_pixels=100_000):
     """Return the cross-entropy over hard pixels (online hard example mining), a scalar.
 
     Hard are the labelled pixels whose class has a probability below `threshold`, and at least the
-    `min_pixels` hardest ones. For SYNTHIA. Shapes as for supervised_loss.
+    `min_pixels` hardest ones. For SYNTHIA. The rest is as for supervised_loss.
     """
     logits = upsample(logits, labels.shape[-2:])
     losses = F.cross_entropy(
@@ -44,7 +46,8 @@ def ohem_loss(logits, labels, threshold=0.7, min_pixels=100_000):
     hardest = losses.detach().topk(min(min_pixels, losses.numel())).values[-1]
     hard = losses >= hardest.clamp(max=-math.log(threshold))
     hard &= labels.flatten() != IGNORED
-    return (losses * hard).sum() / hard.sum().clamp(min=1)
+    weight = hard if weights is None else hard * weights.flatten()
+    return (losses * weight).sum() / hard.sum().clamp(min=1)
 
 
 def symmetric_distillation(student_logits, teacher_logits, strong_to_weak=0.5, size=None):
@@ -71,6 +74,15 @@ def probability_labels(logits, size):
     for other in logits[1:]:
         best = torch.maximum(best, upsample(other, size))
     return best.argmax(1)
+
+
+def confident_share(logits, size):
+    """Return q of DACS, the share of confident pixels of each image, (B,) float32.
+
+    logits: (B, K, h, w), upsampled to `size` (H, W). It weighs labels that a moving teacher gives.
+    """
+    probability = upsample(logits, size).softmax(1).amax(1)
+    return (probability >= CONFIDENT).float().mean((1, 2))
 
 
 def bilateral_consensus(probability_labels, feature_labels):

@@ -10,7 +10,7 @@ import math
 import torch
 from torch.utils.data import StackDataset
 
-from augment import FOR_STRONG, class_mix, cross_domain_mix, strong_view
+from augment import FOR_STRONG, class_mix, cross_domain_mix, mix, strong_view
 from datasets import Crops, Images, RecalibrationImages, Whole, loader, translated_images
 from engine.files import find
 from engine.folders import Aligned
@@ -21,6 +21,7 @@ from engine.run import Run
 from losses import (
     Centroids,
     bilateral_consensus,
+    confident_share,
     ohem_loss,
     probability_labels,
     supervised_loss,
@@ -125,24 +126,30 @@ def train(run, init, folder):
                 teacher_logits, features, _ = teacher_network(torch.cat([x_s, x_cdm, x_t]))
             y_f = centroids.assign(features[2 * size :], label_size)
             if stored:
-                y_p = of_target["pseudo"]
+                y_p, weights = of_target["pseudo"], None
             else:
                 y_p = probability_labels([teacher_logits[2 * size :]], label_size)
+                share = confident_share(teacher_logits[2 * size :], label_size)
+                weights = share[:, None, None].expand(y_p.shape)
+                run.log(confident=weights.mean())
             single = {"probability": y_p, "feature": y_f}
             y_t = single.get(options.labels, bilateral_consensus(y_p, y_f))
             if options.class_mixing:
                 both = draws, target_draws
-                x_mix, y_mix = class_mix(x_s, y_s, x_t, y_t, both, options.strong)
+                x_mix, y_mix, mask = class_mix(x_s, y_s, x_t, y_t, both, options.strong)
+                if not stored:
+                    weights = mix(mask, torch.ones_like(weights), weights)
             else:
                 x_mix, y_mix = strong_view(x_t, target_draws[:, FOR_STRONG], options.strong), y_t
 
             with run.autocast():
                 logits, _, auxiliary = network(torch.cat([x_s, x_cdm, x_mix]))
             ce = supervised(logits[:size], y_s)
-            ce_mix = supervised(logits[2 * size :], y_mix)
+            ce_mix = supervised(logits[2 * size :], y_mix, weights)
             if cfg.model.auxiliary:
                 ce = ce + cfg.model.auxiliary * supervised(auxiliary[:size], y_s)
-                ce_mix = ce_mix + cfg.model.auxiliary * supervised(auxiliary[2 * size :], y_mix)
+                of_mix = supervised(auxiliary[2 * size :], y_mix, weights)
+                ce_mix = ce_mix + cfg.model.auxiliary * of_mix
             pair, kappa = slice(2 * size), options.strong_to_weak
             kd = symmetric_distillation(logits[pair], teacher_logits[pair], kappa, label_size)
             loss = ce + ce_mix + options.distill * kd

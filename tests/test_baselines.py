@@ -44,19 +44,6 @@ def test_crops_of_rare_classes_hold_the_class_and_depend_on_their_number_alone(d
         assert all(np.array_equal(rare[n][key], again[key]) for key in again)
 
 
-def test_the_weighted_loss_pixel_by_pixel():
-    torch.manual_seed(0)
-    logits, weights = torch.randn(2, 5, 7, 9), torch.rand(2, 7, 9)
-    labels = torch.randint(5, (2, 7, 9))
-    labels[0, :3] = 255
-    total = 0
-    for at in np.ndindex(2, 7, 9):
-        if labels[at] != 255:
-            total -= weights[at] * logits[at[0], :, at[1], at[2]].log_softmax(0)[labels[at]]
-    expected = total / labels.numel()
-    torch.testing.assert_close(baselines.weighted_loss(logits, labels, weights), expected)
-
-
 def test_a_masked_view_hides_square_blocks():
     torch.manual_seed(0)
     images, colour = torch.rand(8, 3, 49, 70), torch.full((3, 1, 1), 2.0)
@@ -68,11 +55,6 @@ def test_a_masked_view_hides_square_blocks():
         for left in range(0, 69, 3):
             block = hidden[:, top : top + 3, left : left + 3].flatten(1)
             assert torch.equal(block.all(1), block.any(1))
-
-
-def test_the_share_of_confident_pixels_is_that_of_each_image():
-    probability = torch.tensor([[[0.97, 0.9], [0.968, 0.99]], [[0.5, 0.5], [0.5, 0.98]]])
-    assert baselines.confident_share(probability).tolist() == [0.75, 0.25]
 
 
 @pytest.mark.parametrize("method", baselines.METHODS)

@@ -126,7 +126,7 @@ def test_views(rng):
         strong = augment.strong_view(source, draws[:, augment.FOR_STRONG], 0.4)
         x_cdm = augment.cross_domain_mix(source, labels, other, draws, 0.4)
         both = draws, other_draws
-        x_mix, y_mix = augment.class_mix(source, labels, other, other_labels, both, 0.3)
+        x_mix, y_mix, _ = augment.class_mix(source, labels, other, other_labels, both, 0.3)
         return strong, x_cdm, x_mix, y_mix
 
     (*ours, labels), (*theirs, expected_labels) = on_both(views, *inputs, *draws)

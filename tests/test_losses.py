@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,15 @@ def test_supervised_loss_counts_ignored_pixels_in_the_divisor(rng):
     logits = torch.randn(2, 3, 4, 5, generator=rng)
     labels = torch.randint(0, 3, (2, 4, 5), generator=rng)
     labels[:, 0] = 255
-    total = 0
+    weights = torch.rand(2, 4, 5, generator=rng)
+    total = weighted = 0
     for b, i, j in itertools.product(range(2), range(1, 4), range(5)):
-        total -= logits[b, :, i, j].log_softmax(0)[labels[b, i, j]].item()
+        loss = -logits[b, :, i, j].log_softmax(0)[labels[b, i, j]].item()
+        total += loss
+        weighted += weights[b, i, j].item() * loss
     assert losses.supervised_loss(logits, labels).item() == pytest.approx(total / 40, rel=1e-5)
+    ours = losses.supervised_loss(logits, labels, weights)
+    assert ours.item() == pytest.approx(weighted / 40, rel=1e-5)
 
 
 def test_a_batch_without_any_label_has_loss_zero(rng):
@@ -31,17 +37,18 @@ def test_a_batch_without_any_label_has_loss_zero(rng):
     assert losses.supervised_loss(torch.randn(1, 3, 4, 4, generator=rng), labels) == 0
 
 
-def plain_cross_entropy(logits, target, size, ignore_index):
+def plain_cross_entropy(logits, target, size, ignore_index, weights):
     """The sum over all pixels of -log q_y, or of H(p, q), with the full-size maps of the batch."""
     log_q = losses.upsample(logits, size).log_softmax(1)
     if target.is_floating_point():
         return -(losses.upsample(target, size).softmax(1) * log_q).sum()
-    return F.nll_loss(log_q, target, ignore_index=ignore_index, reduction="sum")
+    loss = F.nll_loss(log_q, target, ignore_index=ignore_index, reduction="none")
+    return (loss if weights is None else loss * weights).sum()
 
 
 @pytest.mark.parametrize("band", [None, 1, 19 * 83 * 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("target", ["labels", "logits"])
+@pytest.mark.parametrize("target", ["labels", "weighted labels", "logits"])
 def test_the_fused_cross_entropy_is_the_plain_one(rng, monkeypatch, target, dtype, band):
     """In one band, in bands of a single row, and in bands of 5 rows that do not divide 53."""
     if band:
@@ -52,10 +59,11 @@ def test_the_fused_cross_entropy_is_the_plain_one(rng, monkeypatch, target, dtyp
     labels[:, 10:20, 30:] = 255
     labels[1] = 255
     teacher = (3 * torch.randn(2, 19, 7, 11, generator=rng)).to(dtype)
-    target = {"labels": labels, "logits": teacher}[target]
+    weights = torch.rand(2, *size, generator=rng) if "weighted" in target else None
+    target = teacher if target == "logits" else labels
     ours, plain = values.clone().requires_grad_(), values.clone().requires_grad_()
-    loss = kernels.upsampled_cross_entropy(ours, target, size, 255)
-    expected = plain_cross_entropy(plain, target, size, 255)
+    loss = kernels.upsampled_cross_entropy(ours, target, size, 255, weights)
+    expected = plain_cross_entropy(plain, target, size, 255, weights)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     (0.3 * loss).backward()
     (0.3 * expected).backward()
@@ -178,13 +186,22 @@ def test_ohem_keeps_the_hard_pixels(min_pixels, kept):
     labels = torch.randint(0, 5, (2, 16, 20), generator=g)
     logits = torch.randn(2, 5, 16, 20, generator=g) + 4 * F.one_hot(labels, 5).permute(0, 3, 1, 2)
     labels[0, :3] = 255
-    pixels = []
+    weights, pixels = torch.rand(labels.shape, generator=g), []
     for b, row, column in (labels != 255).nonzero().tolist():
         p = logits[b, :, row, column].softmax(0)[labels[b, row, column]].item()
-        pixels.append((p, -math.log(p)))
+        pixels.append((p, -math.log(p), -math.log(p) * weights[b, row, column].item()))
     pixels.sort()
-    hard, ordered = [loss for p, loss in pixels if p < 0.7], [loss for _, loss in pixels]
-    chosen = {"hard": hard, "most": ordered[:500], "all": ordered}[kept]
+    hard = [pixel for pixel in pixels if pixel[0] < 0.7]
+    chosen = {"hard": hard, "most": pixels[:500], "all": pixels}[kept]
     assert len(hard) < 500 < len(pixels)
+    _, plain, weighted = np.mean(chosen, axis=0)
     ours = losses.ohem_loss(logits, labels, min_pixels=min_pixels)
-    assert ours.item() == pytest.approx(sum(chosen) / len(chosen), rel=1e-5)
+    assert ours.item() == pytest.approx(plain, rel=1e-5)
+    ours = losses.ohem_loss(logits, labels, weights, min_pixels=min_pixels)
+    assert ours.item() == pytest.approx(weighted, rel=1e-5)
+
+
+def test_the_share_of_confident_pixels_is_that_of_each_image():
+    probability = torch.tensor([[[0.97, 0.9], [0.969, 0.99]], [[0.5, 0.5], [0.5, 0.98]]])
+    logits = torch.stack([probability, 1 - probability], 1).log()
+    assert losses.confident_share(logits, (2, 2)).tolist() == [0.75, 0.25]

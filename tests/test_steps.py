@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import augment
+import losses
 import models
 from datasets import Crops, Images
 from engine.images import read_image, read_label
@@ -65,11 +66,11 @@ def cross_entropy(probabilities, logits):
     return -(probabilities * logits.log_softmax(1)).sum(1).mean()
 
 
-def supervised(logits, labels):
-    total = 0
-    for image, label in zip(logits.log_softmax(1), labels, strict=True):
+def supervised(logits, labels, weights=None):
+    weights, total = torch.ones(labels.shape) if weights is None else weights, 0
+    for image, label, weight in zip(logits.log_softmax(1), labels, weights, strict=True):
         for k in range(logits.shape[1]):
-            total = total - image[k][label == k].sum()
+            total = total - (weight * image[k])[label == k].sum()
     return total / labels.numel()
 
 
@@ -174,6 +175,7 @@ def test_a_self_training_step(dataset, run, config, monkeypatch, warmed_up, labe
         "selftrain.distill=0.7",
         f"selftrain.labels={labels}",
     )
+    monkeypatch.setattr(losses, "CONFIDENT", 0.6)  # of a network of a few steps
     after_one_step(monkeypatch, run, "selftrain", *options, *rates)
     saved = torch.load(folder / "selftrain.unfinished.pth", weights_only=True)
 
@@ -209,16 +211,21 @@ def test_a_self_training_step(dataset, run, config, monkeypatch, warmed_up, labe
 
     distance = (features[4:, None] - centroids[None, :, :, None, None]).norm(dim=2)
     y_f = up((-distance).softmax(1), y_p.shape[1:]).argmax(1)
+    share = torch.ones(2)
     if labels == "online":
-        y_p = up(teacher_logits[4:], y_s.shape[1:]).argmax(1)
+        probability, y_p = up(teacher_logits[4:], y_s.shape[1:]).softmax(1).max(1)
+        share = (probability >= 0.6).float().mean((1, 2))
+        assert share.min() > 0.1 and share.max() < 0.9 and share[0] != share[1]
     y_t = torch.where(y_p == y_f, y_p, IGNORED)
     strong = augment.strong_view(x_t, target_draws[:, :8], cfg.selftrain.strong)
     x_mix = torch.stack([mixed(x_s[b], strong[b], y_s[b], draws[b, 264:]) for b in range(2)])
     y_mix = torch.stack([mixed(y_s[b], y_t[b], y_s[b], draws[b, 264:]) for b in range(2)])
+    one = torch.ones(y_s.shape[1:])
+    weights = [mixed(one, share[b] * one, y_s[b], draws[b, 264:]) for b in range(2)]
 
     seed("selftrain")
     logits = up(student(torch.cat([x_s, x_cdm, x_mix]))[0], y_s.shape[1:])
-    ce, ce_mix = supervised(logits[:2], y_s), supervised(logits[4:], y_mix)
+    ce, ce_mix = supervised(logits[:2], y_s), supervised(logits[4:], y_mix, weights)
     teacher_logits_up = up(teacher_logits[:4], y_s.shape[1:])
     kd = distillation(logits[:4], teacher_logits_up, cfg.selftrain.strong_to_weak)
     loss = ce + ce_mix + 0.7 * kd

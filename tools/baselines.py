@@ -14,22 +14,14 @@ runs/NAME/METHOD.pth.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch.utils.data import StackDataset
 
-from augment import (
-    FOR_MIXING,
-    FOR_STRONG,
-    choose_classes,
-    class_mask,
-    mix,
-    strong_view,
-)
+from augment import FOR_STRONG, class_mix, mix, strong_view
 from datasets import Crops, Images, RecalibrationImages, loader
 from engine.command import arguments, command
 from engine.loop import part_size
 from engine.run import Run
-from losses import IGNORED, supervised_loss, upsample
+from losses import confident_share, probability_labels, supervised_loss
 from models import (
     build_optimizer,
     build_segmenter,
@@ -41,7 +33,6 @@ from models import (
 from settings import classes, load_config
 
 METHODS = ("source", "dacs", "daformer", "mic")  # each adds to the one before
-CONFIDENT = 0.968  # a pixel's probability (DACS)
 TEMPERATURE = 0.1  # of rare-class sampling; DAFormer has 0.01 for the 19 classes of GTA5
 MASKED = 0.7  # share of the blocks that are hidden (MIC)
 STRONG = 1.0  # beta: the augmented image is not blended with the image
@@ -91,23 +82,25 @@ def train(run, level):
                 x_t, target_draws = part["target"]["image"], part["target"]["draws"]
                 with torch.no_grad(), run.autocast():
                     teacher_logits, _, _ = teacher_network(x_t)
-                probability, y_t = upsample(teacher_logits, x_t.shape[-2:]).softmax(1).max(1)
-                weight = confident_share(probability)[:, None, None].expand_as(probability)
-                strong = strong_view(x_t, target_draws[:, FOR_STRONG], STRONG)
-                mask = class_mask(y_s, choose_classes(y_s, draws[:, FOR_MIXING]))
-                y_mix, w_mix = mix(mask, y_s, y_t), mix(mask, torch.ones_like(weight), weight)
-                views.append(mix(mask, x_s, strong))
+                y_t = probability_labels([teacher_logits], x_t.shape[-2:])
+                weight = confident_share(teacher_logits, x_t.shape[-2:])
+                weight = weight[:, None, None].expand(y_t.shape)
+                both = draws, target_draws
+                x_mix, y_mix, mask = class_mix(x_s, y_s, x_t, y_t, both, STRONG)
+                w_mix = mix(mask, torch.ones_like(weight), weight)
+                views.append(x_mix)
             if level >= 3:
+                strong = strong_view(x_t, target_draws[:, FOR_STRONG], STRONG)
                 views.append(masked_view(strong, MASKED, student.mean))
 
             with run.autocast():
                 logits = network(torch.cat(views))[0].split(size)
             loss = supervised_loss(logits[0], y_s)
             if level >= 1:
-                loss = loss + weighted_loss(logits[1], y_mix, w_mix)
+                loss = loss + supervised_loss(logits[1], y_mix, w_mix)
                 run.log(confident=weight.mean())
             if level >= 3:
-                loss = loss + weighted_loss(logits[2], y_t, weight)
+                loss = loss + supervised_loss(logits[2], y_t, weight)
             run.scaler.scale(loss / cfg.accumulate).backward()
             run.log(loss=loss, lr=optimizer.param_groups[0]["lr"])
 
@@ -119,24 +112,6 @@ def train(run, level):
         recalibrate_batchnorm(student, recalibration)
         recalibrate_batchnorm(teacher, recalibration)
     run.finish(total, {"student": student, "teacher": teacher})
-
-
-def confident_share(probability):
-    """Return q of DACS, the share of confident pixels of each image, (B,).
-
-    probability: that of each pixel's class, (B, H, W).
-    """
-    return (probability >= CONFIDENT).float().mean((1, 2))
-
-
-def weighted_loss(logits, labels, weights):
-    """Return the mean over all pixels of w (-log S(x)_y), a scalar; ignored pixels add nothing.
-
-    logits: (B, K, h, w). labels: (B, H, W) integers. weights: (B, H, W) float32.
-    """
-    logits = upsample(logits, labels.shape[-2:])
-    losses = F.cross_entropy(logits, labels.long(), ignore_index=IGNORED, reduction="none")
-    return (weights * losses).mean()
 
 
 def masked_view(images, share, colour):
