@@ -164,8 +164,10 @@ def smaller(label, size):
     return F.interpolate(label[None, None].float(), size=size, mode="nearest-exact")[0, 0]
 
 
-@pytest.mark.parametrize("labels", ["consensus", "online"])
-def test_a_self_training_step(dataset, run, config, monkeypatch, warmed_up, labels):
+@pytest.mark.parametrize(
+    ("labels", "class_mixing"), [("consensus", True), ("online", True), ("online", False)]
+)
+def test_a_self_training_step(dataset, run, config, monkeypatch, warmed_up, labels, class_mixing):
     folder = dataset / "runs/test"
     rates = ("optimizer.lr_backbone=0.01", "optimizer.lr_head=0.02")
     options = (
@@ -174,6 +176,7 @@ def test_a_self_training_step(dataset, run, config, monkeypatch, warmed_up, labe
         "selftrain.momentum=0.1",
         "selftrain.distill=0.7",
         f"selftrain.labels={labels}",
+        f"selftrain.class_mixing={class_mixing}",
     )
     monkeypatch.setattr(losses, "CONFIDENT", 0.6)  # of a network of a few steps
     after_one_step(monkeypatch, run, "selftrain", *options, *rates)
@@ -218,10 +221,14 @@ def test_a_self_training_step(dataset, run, config, monkeypatch, warmed_up, labe
         assert share.min() > 0.1 and share.max() < 0.9 and share[0] != share[1]
     y_t = torch.where(y_p == y_f, y_p, IGNORED)
     strong = augment.strong_view(x_t, target_draws[:, :8], cfg.selftrain.strong)
-    x_mix = torch.stack([mixed(x_s[b], strong[b], y_s[b], draws[b, 264:]) for b in range(2)])
-    y_mix = torch.stack([mixed(y_s[b], y_t[b], y_s[b], draws[b, 264:]) for b in range(2)])
-    one = torch.ones(y_s.shape[1:])
-    weights = [mixed(one, share[b] * one, y_s[b], draws[b, 264:]) for b in range(2)]
+    x_mix, y_mix = strong, y_t
+    weights = share[:, None, None].expand(y_t.shape)
+    if class_mixing:
+        part = [(y_s[b], draws[b, 264:]) for b in range(2)]
+        one = torch.ones(y_s.shape[1:])
+        x_mix = torch.stack([mixed(x_s[b], strong[b], *part[b]) for b in range(2)])
+        y_mix = torch.stack([mixed(y_s[b], y_t[b], *part[b]) for b in range(2)])
+        weights = [mixed(one, weights[b], *part[b]) for b in range(2)]
 
     seed("selftrain")
     logits = up(student(torch.cat([x_s, x_cdm, x_mix]))[0], y_s.shape[1:])
