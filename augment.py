@@ -24,31 +24,34 @@ def cross_domain_mix(images, labels, translated, draws, beta):
 
     M covers half of the classes of y_s. translated: G(x_s), or None: x_cdm is x~_s then.
     """
-    strong = strong_view(images, draws[:, FOR_STRONG], beta)
+    strong = strong_view(images, draws, beta)
     if translated is None:
         return strong
     mask = class_mask(labels, choose_classes(labels, draws[:, FOR_CRDOMIX]))
     return mix(mask, strong, translated)
 
 
-def class_mix(images, labels, target_images, target_labels, draws, beta):
-    """Return class mixing's x_mix = M' x_s + (1 - M') x~_t; y_mix, mixed alike; M' (as in DACS).
+def class_mix(source, target, beta):
+    """Return class mixing's x_mix = M' x_s + (1 - M') x~_t, and y_mix, w_mix, mixed alike (DACS).
 
-    The source's part is the weak view. draws: a pair of (B, DRAWS); the source's choose M', the
-    target's make its strong view.
+    source: images x_s, labels y_s, draws, which choose M'; the weak view, of weight 1. target:
+    images x_t, labels y_t, their weights (B, H, W) float32, draws, which make the strong view x~_t.
     """
-    mask = class_mask(labels, choose_classes(labels, draws[0][:, FOR_MIXING]))
-    strong = strong_view(target_images, draws[1][:, FOR_STRONG], beta)
-    return mix(mask, images, strong), mix(mask, labels, target_labels), mask
+    images, labels, draws = source
+    target_images, target_labels, target_weights, target_draws = target
+    mask = class_mask(labels, choose_classes(labels, draws[:, FOR_MIXING]))
+    x_mix = mix(mask, images, strong_view(target_images, target_draws, beta))
+    weights = mix(mask, torch.ones_like(target_weights), target_weights)
+    return x_mix, mix(mask, labels, target_labels), weights
 
 
 def strong_view(images, draws, beta):
     """Return x~ = beta A(x) + (1 - beta) x, (B, 3, H, W), with an A of its own for each image.
 
     A: colour jitter (brightness 0.4, contrast 0.4, saturation 0.2, hue 0.1; p 0.5), grayscale
-    (p 0.3), 3x3 Gaussian blur (sigma 2, p 0.8), sharpness 0.5 (p 0.3). draws: (B, 8).
+    (p 0.3), 3x3 Gaussian blur (sigma 2, p 0.8), sharpness 0.5 (p 0.3).
     """
-    draws = draws[:, :, None, None, None]
+    draws = draws[:, FOR_STRONG, None, None, None]
     spread = (2 * draws[:, 1:5] - 1) * (draws[:, :1] < 0.5)
     view = (images * (1 + 0.4 * spread[:, 0])).clamp(0, 1)
     view = _blend(gray(view).mean((1, 2, 3), keepdim=True), view, 1 + 0.4 * spread[:, 1])

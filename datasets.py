@@ -1,8 +1,9 @@
 """What one sample is: dataset layouts, label values, scaling and cropping."""
 
+import copy
 import fnmatch
 import functools
-import sys
+import signal
 import zlib
 from pathlib import Path
 
@@ -12,7 +13,6 @@ import torch
 from torch.utils.data import DataLoader, Dataset, StackDataset
 
 from augment import DRAWS
-from engine import signals
 from engine.config import Config, UserError, one_line, require
 from engine.folders import (
     Aligned,
@@ -23,7 +23,7 @@ from engine.folders import (
     stem_of,
     warn,
 )
-from engine.images import keep_freed_memory, read_image, read_label, resize, threads
+from engine.images import read_image, read_label, resize, threads
 from engine.processes import decided_by_first, loader_workers, rank, world
 from settings import LAYOUTS, classes, label_values
 
@@ -64,6 +64,12 @@ class Images(Folder):
                 self.table[value] = k
         some = np.unique(np.linspace(0, len(self.names) - 1, 256, dtype=int)).tolist()
         self._judge(domain, spec, list(classes(cfg)), threads.map(self.summary, some))
+
+    def unlabelled(self):
+        """Return the same images, as if they had no labels."""
+        images = copy.copy(self)
+        images.labelled = False
+        return images
 
     def _find_labels(self, folder, image_end):
         labels = {stem_of(name): folder / name for name in list_images(folder)}
@@ -179,18 +185,19 @@ class Crops(Dataset):
     [cfg.min_scale, 1], not below the crop. A labelled crop is drawn again, up to 5 times, while one
     class fills more than cfg.max_class_share of it. Flipped with probability 0.5.
 
-    rare: above 0, the temperature of RareClasses, which then choose the images. A crop is drawn
-    again, too, while less than half of LEAST of it is of the class that its image was chosen for.
-    images: Images. crop: (H, W), by default cfg.crop. beside: name -> function(i) that reads
-    another array (H, W[, 3]) of image i, which gets the same geometry.
-    A sample: image (H, W, 3); label (H, W) if the images are labelled; what is beside, all uint8;
-    draws (DRAWS,) float32 in [0, 1).
+    images: Images. crop: (H, W), by default cfg.crop. rare: above 0, the temperature of
+    RareClasses, which then choose the images; a crop is drawn again, too, while less than half of
+    LEAST of it is of the class that its image was chosen for.
+    aligned: name -> function(i) that reads another array (H, W[, 3]) of image i, which gets the
+    same geometry.
+    A sample: image (H, W, 3); label (H, W) if the images are labelled; the aligned arrays, all
+    uint8; draws (DRAWS,) float32 in [0, 1).
     """
 
-    def __init__(self, cfg, stage, domain, images, batch, steps, crop=None, rare=0, **beside):
-        self.images, self.crop = images, crop or cfg.crop
+    def __init__(self, cfg, stage, domain, images, batch, steps, crop=None, rare=0, aligned=None):
+        self.images, self.aligned, self.steps = images, aligned or {}, steps
+        self.crop = crop or cfg.crop
         self.rare = RareClasses(images, len(classes(cfg)), rare) if rare else None
-        self.beside, self.steps = beside, steps
         self.sizes = np.repeat(cfg[domain].sizes, batch, axis=0)
         self.min_scale, self.max_class_share = cfg.min_scale, cfg.max_class_share
         self.seed = (cfg.seed, zlib.crc32(f"{stage} {domain}".encode()))
@@ -215,10 +222,10 @@ class Crops(Dataset):
         i, k = self.rare.draw(rng) if self.rare else (self._index(n), None)
         image = self.images.image(i)
         values = self.images.label_values(i, image) if self.images.labelled else None
-        beside = {name: read(i) for name, read in self.beside.items()}
-        name, path = self.images.names[i], self.images.folder / self.images.names[i]
-        for key, array in beside.items():
-            require_same_size(f"{key} for {name}", array, path, image)
+        aligned = {key: read(i) for key, read in self.aligned.items()}
+        name = self.images.names[i]
+        for key, array in aligned.items():
+            require_same_size(f"{key} for {name}", array, self.images.folder / name, image)
 
         size = self.sizes[n % self.batch_size]
         scaled = np.maximum(size * rng.uniform(self.min_scale, 1, 2), self.crop)
@@ -237,7 +244,7 @@ class Crops(Dataset):
         sample = {"image": resize(image[window], self.crop)}
         if values is not None:
             sample["label"] = label
-        for key, array in beside.items():
+        for key, array in aligned.items():
             sample[key] = resize(array[window], self.crop, labels=array.ndim == 2)
         if rng.random() < 0.5:
             sample = {key: cv2.flip(array, 1) for key, array in sample.items()}
@@ -269,17 +276,19 @@ class Whole(Dataset):
         return sample
 
 
-def loader(run, dataset, first=0, batch_size=None):
+def loader(run, dataset, first=0, batch_size=None, shared=True):
     """Return a DataLoader over the samples from `first` on, in order, loaded by cfg.workers.
 
-    Of N processes, each takes every N-th batch: no sample is left out or repeated.
+    shared: of N processes, each takes every N-th batch: no sample is left out or repeated.
     """
     samples = np.arange(first, len(dataset))
-    mine = (samples - first) // (batch_size or 1) % world() == rank()
+    if shared:
+        mine = (samples - first) // (batch_size or 1) % world() == rank()
+        samples = samples[mine]
     return DataLoader(
         dataset,
         batch_size,
-        sampler=samples[mine].tolist(),
+        sampler=samples.tolist(),
         num_workers=loader_workers(run.cfg.workers),
         pin_memory=run.device.type == "cuda",
         worker_init_fn=_set_up_worker,
@@ -288,35 +297,29 @@ def loader(run, dataset, first=0, batch_size=None):
 
 def _set_up_worker(_):
     cv2.setNumThreads(1)
-    keep_freed_memory()
-    signals.ignore()  # they are sent to the whole process group; the parent answers them
-    signals.end_with_parent()
+    for number in (signal.SIGINT, signal.SIGTERM):  # a whole group gets them: the parent answers
+        signal.signal(number, signal.SIG_IGN)
 
 
 class RecalibrationImages:
-    """Batches of crops of the domains in cfg.bn_recalibrate, each with all domains in equal parts.
+    """Batches of crops for batch norm's statistics, each with all `domains` in equal parts.
 
-    There are cfg.bn_images of each domain. Iterating yields this process's batches, (B, 3, H, W) in
-    [0, 1] on the run's device; len() counts those of all processes.
+    images: domain -> Images, of domains that are read anyway. There are cfg.bn_images of each
+    domain. Iterating yields (B, 3, H, W) in [0, 1] on the run's device, the same in all processes.
     """
 
-    def __init__(self, run, batch):
-        cfg, steps = run.cfg, max(run.cfg.bn_images // sum(batch), 1)
-        crops = {
-            domain: Crops(cfg, "recalibrate", domain, Images(cfg, domain, False), batch, steps)
-            for domain in cfg.bn_recalibrate
-        }
-        self.run, self.count = run, steps if crops else 0
-        self.batches = loader(run, StackDataset(**crops), batch_size=sum(batch)) if crops else []
+    def __init__(self, run, batch, domains, **images):
+        cfg, self.run, self.batch_size = run.cfg, run, sum(batch)
+        self.crops, steps = {}, max(cfg.bn_images // sum(batch), 1)
+        for domain in domains:
+            of_domain = images.get(domain) or Images(cfg, domain, labelled=False)
+            of_domain = of_domain.unlabelled()
+            self.crops[domain] = Crops(cfg, "recalibrate", domain, of_domain, batch, steps)
 
     def __len__(self):
-        return self.count
+        return len(StackDataset(**self.crops)) // self.batch_size if self.crops else 0
 
     def __iter__(self):
-        for batch in self.batches:
+        crops = StackDataset(**self.crops)
+        for batch in loader(self.run, crops, 0, self.batch_size, shared=False):
             yield torch.cat([part["image"] for part in self.run.fetch(batch).values()])
-
-
-if __name__ == "__main__":
-    print("datasets.py: its commands are those of `python -m tools.own_data` now", file=sys.stderr)
-    sys.exit(2)

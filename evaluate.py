@@ -4,40 +4,34 @@ python evaluate.py --cfg config.yaml                   # every finished stage; w
 python evaluate.py --weights runs/NAME/selftrain.pth   # with the checkpoint's configuration
 python evaluate.py --weights runs/NAME/selftrain.pth evaluation.scales=[1.0,0.5]
 python evaluate.py --weights runs/NAME/selftrain.pth --images FOLDER_OR_VIDEO --out DIR
-python evaluate.py --weights runs/NAME/selftrain.pth --export model.onnx
 
 Scores go to results.json in the run's folder (without --cfg: the checkpoint's folder), pictures to
-predictions/, overlays/ and comparison.png beside it, or into DIR.
+predictions/ and overlays/ beside it, or into DIR.
 """
 
-from engine.command import arguments, command  # isort: skip  (first: it answers Ctrl-C)
 import json
 from pathlib import Path
 
 import cv2
 import numpy as np
-import torch
 from torch.utils.data import Subset
 
 from datasets import Images, Whole
-from engine.config import NULL, TEXT, UserError, check_known, either, mapping, number
-from engine.files import find, load_tensors, write_atomically, write_text
+from engine.command import arguments, command
+from engine.config import UserError
+from engine.files import find, load_tensors, write_text
 from engine.folders import Folder, Video
-from engine.images import image_writer, paint, read_image, resize, video_writer, write_image
+from engine.images import image_writer, paint, resize, video_writer
+from engine.loop import Run
 from engine.processes import barrier, rank, world
-from engine.run import Run
 from metrics import ConfusionMatrix, agreement, predictions
-from models import Predictor, load_segmenter, require_sizes
+from models import load_segmenter, require_sizes
 from settings import classes, label_values, load_config, load_saved
 
-SCORE = either(number(0, 100), NULL)
-SCORES = {"dataset": TEXT, "miou": SCORE, "pixel_accuracy": SCORE, "teacher_miou": SCORE}
-SCORES["agreement"] = SCORE
-SCORES["iou"] = either(mapping(TEXT, SCORE, low=0), NULL)
 COMPARED = 50  # images of the target on which networks are compared without labels
 UNSURE = 1  # a smaller difference in agreement says nothing: the later stage is preferred then
 # the table's order, with the other methods of tools.baselines before DiGA's stages
-STAGES = ("source_only", "source", "dacs", "daformer", "mic")
+STAGES = ("source_only", "source_strong", "dacs", "daformer", "mic")
 STAGES += ("warmup", "selftrain_round1", "selftrain", "oracle")
 
 
@@ -49,7 +43,6 @@ def main():
     add("--images", metavar="PATH", help="segment this folder of images, or this video, instead")
     add("--out", metavar="DIR", help="where the pictures go (default: the run's folder)")
     add("--ids", action="store_true", help="write label values too, for the Cityscapes server")
-    add("--export", metavar="FILE", help="write the network as ONNX instead, with its class names")
     args = parser.parse_intermixed_args()
     cfg = configuration(args)
     run = Run(cfg, "evaluate", "evaluation")
@@ -60,20 +53,15 @@ def main():
         remedy = "run warmup.py first, or give --weights"
         raise UserError(f"{run.folder}: holds no trained network; {remedy}")
     paths = [find(path, cfg) for path in args.weights or [f"{stage}.pth" for stage in stages]]
-    if world() > 1 and (args.export or Path(args.images or "").is_file()):
-        raise UserError("--export and videos are for one process; leave torchrun out")
-    if args.export:
-        if len(paths) > 1:
-            raise UserError(f"--export {args.export}: holds one network; choose one with --weights")
-        export(load_segmenter(paths[0], cfg)[0], cfg, args.export)
-        return
+    if world() > 1 and Path(args.images or "").is_file():
+        raise UserError(f"{args.images}: a video is for one process; leave torchrun out")
     datasets = what_to_segment(cfg, args.images)
     out = Path(args.out) if args.out else run.folder
     for path in paths:
         evaluate(run, path, datasets, out, args)
     barrier()  # for the pictures of all processes
     if rank() == 0:
-        summarise(run, [path.stem for path in paths], datasets, out)
+        summarise(run, datasets)
 
 
 def configuration(args):
@@ -179,18 +167,17 @@ def advice(results):
         return ""
     best = [stage for stage, x in found.items() if x >= max(found.values()) - UNSURE][-1]
     figures = ", ".join(f"{stage} {x:.1f}" for stage, x in found.items())
-    harm = " Adaptation may have harmed." if best in ("source_only", "source") else ""
+    harm = " Adaptation may have harmed." if best in ("source_only", "source_strong") else ""
     return f"Without labels, {best} is the one to use.{harm} Agreement between scales: {figures}"
 
 
 def read_results(path):
     """Return what results.json holds: stage -> scores. Raises UserError where it is damaged."""
-    fault = f"{path}: is damaged, remove it and evaluate again"
     try:
-        results = check_known(json.loads(path.read_bytes()) if path.is_file() else {}, {}, fault)
+        return json.loads(path.read_bytes()) if path.is_file() else {}
     except ValueError as error:
-        raise UserError(f"{fault} ({error})") from error
-    return {stage: check_known(entry, SCORES, fault) for stage, entry in results.items()}
+        fault = f"is damaged, remove it and evaluate again ({error})"
+        raise UserError(f"{path}: {fault}") from error
 
 
 def values_of(prediction, cfg):
@@ -208,46 +195,6 @@ def overlay(sample, prediction, colours):
     return cv2.addWeighted(image, 0.5, paint(prediction, colours), 0.5, 0)
 
 
-def export(model, cfg, path):
-    """Write an ONNX file: image (1, 3, H, W), RGB in [0, 1] -> logits (1, K, H, W), any H and W.
-
-    Its metadata hold class names and colours. Raises UserError where the result is not the network.
-    """
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UserError("--export needs `pip install onnx onnxscript onnxruntime`") from error
-
-    size, names = cfg.val.size or cfg.crop, classes(cfg)
-    network, image = Predictor(model, names).eval(), torch.zeros(1, 3, *size)
-    sides = [dict.fromkeys((2, 3), torch.export.Dim.DYNAMIC)]
-    ends = {"input_names": ["image"], "output_names": ["logits"], "dynamic_shapes": sides}
-    program = torch.onnx.export(network, (image,), dynamo=True, verbose=False, **ends)
-    metadata = {"classes": list(names), "colours": list(names.values()), "size": size}
-    for key, value in metadata.items():
-        program.model.metadata_props[key] = json.dumps(value)
-    written = program.model_proto.SerializeToString()
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what it raises is reported below
-    session = onnxruntime.InferenceSession(written, options, providers=["CPUExecutionProvider"])
-    for image in (torch.rand(1, 3, *size), torch.rand(1, 3, *(s * 3 // 4 + 5 for s in size))):
-        with torch.no_grad():
-            expected = network(image).numpy()
-        try:
-            logits = session.run(None, {"image": image.numpy()})[0]
-            difference = np.abs(logits - expected).max() / max(np.abs(expected).max(), 10)
-        except Exception:  # of onnxruntime, on the size that was written as a constant
-            difference = np.inf
-        if not difference < 1e-4:  # rounding is up to 5e-5 of the largest logit
-            off = f"ONNX's logits are off by {difference:.2g} of the largest"
-            fault = f"at {list(image.shape[2:])}, {off}"
-            reason = "this network has a layer that cannot be written for images of any size"
-            raise UserError(f"--export {path}: {fault}; {reason}")
-    write_atomically(path, lambda temporary: temporary.write_bytes(written))
-    print(f"{path}: image (1, 3, H, W), RGB in [0, 1] -> logits (1, {len(names)}, H, W)")
-
-
 def table(results, names):
     """Return the results as a Markdown table, a row per stage."""
     means = sorted({key for entry in results.values() for key in entry if key.startswith("miou_")})
@@ -262,44 +209,13 @@ def table(results, names):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def summarise(run, stages, datasets, out):
-    """Print the table of results and write comparison.png, the gallery as one picture."""
-    key, cfg = next(iter(datasets)), run.cfg
+def summarise(run, datasets):
+    """Print the table of results, and which network to use."""
     results = read_results(run.folder / "results.json")
     if any(whole.images.labelled for whole in datasets.values()):
-        print(table(results, list(classes(cfg))))
-        if key == "val":
-            stages = [stage for stage, entry in results.items() if entry["dataset"] == "val"]
-    if key != "images" and advice(results):
+        print(table(results, list(classes(run.cfg))))
+    if "images" not in datasets and advice(results):
         print(advice(results))
-    if isinstance(datasets[key].images, Video):
-        return
-    rows = list(gallery(out, datasets[key], stages, cfg))
-    if not rows:
-        return
-    height, width, _ = rows[0][0][1].shape
-    height, width, border = 144, round(width * 144 / height), ((0, 4), (0, 4), (0, 0))
-    head, lines = np.full((18, len(rows[0]) * (width + 4), 3), 255, np.uint8), []
-    for k, (title, _) in enumerate(rows[0]):
-        at = (k * (width + 4) + 2, 13)
-        cv2.putText(head, title, at, cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
-    for row in rows:
-        pictures = (resize(picture, (height, width)) for _, picture in row)
-        lines.append(np.hstack([np.pad(x, border, constant_values=255) for x in pictures]))
-    write_image(out / "comparison.png", np.vstack([head, *lines]))
-
-
-def gallery(out, whole, stages, cfg, rows=4):
-    """Yield [(title, picture), ...] for a few images: image, each stage's prediction, label."""
-    folder, names = out / "predictions", [Path(n).with_suffix(".png") for n in whole.images.names]
-    shown = [i for i, name in enumerate(names) if all((folder / s / name).exists() for s in stages)]
-    few = np.linspace(0, len(shown) - 1, min(rows, len(shown)), dtype=int)
-    for i in (shown[j] for j in few):
-        row = [("image", whole.images.image(i))]
-        row += [(stage, read_image(folder / stage / names[i])) for stage in stages]
-        if whole.images.labelled:
-            row.append(("label", paint(whole.images.label(i), classes(cfg))))
-        yield row
 
 
 if __name__ == "__main__":

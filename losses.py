@@ -50,18 +50,18 @@ def ohem_loss(logits, labels, weights=None, threshold=0.7, min_pixels=100_000):
     return (losses * weight).sum() / hard.sum().clamp(min=1)
 
 
-def symmetric_distillation(student_logits, teacher_logits, strong_to_weak=0.5, size=None):
+def symmetric_distillation(student, teacher, strong_to_weak=0.5, size=None):
     """Return L_kd = H(T(x_s), S(x_cdm)) + kappa H(T(x_cdm), S(x_s)), a scalar.
 
     H is averaged over all pixels; the teacher is detached; kappa = strong_to_weak.
-    Both logits: (2B, K, h, w), the weak views x_s first, then the strong views x_cdm in the same
-    order. They are upsampled to `size` (H, W), or left as they are (None).
+    student, teacher: their logits for the weak views x_s and for the strong views x_cdm, a pair of
+    (B, K, h, w). They are upsampled to `size` (H, W), or left as they are (None).
     """
-    size = torch.Size(size or student_logits.shape[-2:])
-    student_weak, student_strong = student_logits.chunk(2)
-    teacher_weak, teacher_strong = teacher_logits.detach().chunk(2)
-    weak_to_strong = upsampled_cross_entropy(student_strong, teacher_weak, size)
-    back = upsampled_cross_entropy(student_weak, teacher_strong, size)
+    student_weak, student_strong = student
+    teacher_weak, teacher_strong = teacher
+    size = torch.Size(size or student_weak.shape[-2:])
+    weak_to_strong = upsampled_cross_entropy(student_strong, teacher_weak.detach(), size)
+    back = upsampled_cross_entropy(student_weak, teacher_strong.detach(), size)
     return (weak_to_strong + strong_to_weak * back) / (len(student_weak) * size.numel())
 
 
@@ -135,9 +135,9 @@ class Centroids(nn.Module):
         means = member @ features.float().flatten(2).transpose(1, 2)
         means = (means / pixels.clamp(min=1)[..., None]).flatten(0, 1)
         classes = torch.where(pixels >= min_pixels, classes, IGNORED).flatten()
-        return (
-            (means, classes) if padded else (means[classes != IGNORED], classes[classes != IGNORED])
-        )
+        if padded:
+            return means, classes
+        return means[classes != IGNORED], classes[classes != IGNORED]
 
     def accumulate(self, means, classes):
         """Update rho_k <- rho_k + (mean - rho_k) / (n_k + 1), row by row; n_k is capped."""

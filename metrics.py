@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from datasets import Whole, loader
 from engine.config import UserError
 from engine.files import load_tensors
-from engine.loop import progress, write_log
+from engine.log import progress, write_log
 from engine.processes import sum_over_processes
 from losses import probability_labels, upsample
 from models import recalibrate_batchnorm
@@ -108,7 +108,7 @@ def predictions(run, model, whole, scales, tile=None):
     model.eval()
     for sample in progress(loader(run, whole), desc="predictions", unit="img", leave=False):
         with run.autocast():
-            outputs = at_scales(network, run.fetch(sample["image"])[None], scales)
+            outputs = at_scales(network, run.fetch(sample["image"][None]), scales)
         logits = [logits for logits, *_ in outputs]
         yield sample, probability_labels(logits, sample["shape"])[0], outputs
 
@@ -128,11 +128,15 @@ def agreement(run, model, whole):
     return 100 * same / pixels
 
 
-def validate(run, step, images, recalibration, student, teacher):
-    """Log both networks' mIoU on labelled images; keep the best student as {stage}_best_on_val.pth.
+def validate(run, images, recalibration, student, teacher):
+    """Log both networks' mIoU every cfg.val_every steps; keep the best student.
 
-    Works on copies with recalibrated batch norm: training goes on as if without validation.
+    It is {stage}_best_on_val.pth. images: labelled Images, or None: no validation. Works on copies
+    with recalibrated batch norm: training goes on as if without validation.
     """
+    step = run.done
+    if images is None or step % run.cfg.val_every:
+        return
     names, figures = list(classes(run.cfg)), {}
     whole = Whole(images, run.cfg.val.size)
     for name, model in (("student", student), ("teacher", teacher)):
@@ -150,3 +154,11 @@ def validate(run, step, images, recalibration, student, teacher):
         if name == "student" and not kept:
             run.save(best, step, {"student": model}, miou=miou)
     write_log(run.folder, run.stage, step=step, **figures)
+
+
+def finish(run, recalibration, student, teacher):
+    """Recalibrate both networks and write them as the stage's result."""
+    with run.autocast():
+        recalibrate_batchnorm(student, recalibration)
+        recalibrate_batchnorm(teacher, recalibration)
+    run.finish(student=student, teacher=teacher)

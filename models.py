@@ -1,4 +1,4 @@
-"""Segmentation networks, their optimizer, the EMA teacher, and weights of other projects.
+"""Segmentation networks, their optimizer, the EMA teacher, loading weights.
 
 A network takes RGB images (B, 3, H, W) in [0, 1], which it normalises itself, and returns logits
 (B, K, h, w), features f (B, C, h, w) and the logits of the auxiliary classifier or None; h is about
@@ -11,12 +11,10 @@ from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 
-from engine.config import Config, UserError, check_known
-from engine.files import TENSORS, load_tensors
-from engine.processes import rank, sum_over_processes, world
+from engine.config import UserError
+from engine.files import load_tensors
 from losses import upsample
 from settings import NETWORKS, OWN_NETWORKS, classes, load_saved
 
@@ -158,6 +156,8 @@ def _smp(name, num_classes, weights):
 
 def _backbone(network, output_stride):
     """Return torchvision's network without its classifier, and its number of output channels."""
+    import torchvision
+
     name = network.removeprefix("deeplab_v2_")
     net = torchvision.models.get_model(name, weights=None)
     if name == "mobilenet_v2":
@@ -201,28 +201,30 @@ class AdamW(torch.optim.AdamW):
         return answer
 
 
-def build_optimizer(model, name, lr_backbone, lr_head, momentum, weight_decay, layer_decay=1, **_):
+def build_optimizer(model, options):
     """Return SGD or AdamW with groups for the backbone (frozen at rate 0) and one for the rest.
 
-    layer_decay: of a transformer's rate, lr_backbone at its end, once for each block before it (as
-    in BEiT, ICLR 2022); other backbones have one rate.
+    options: cfg.optimizer. Its layer_decay is a factor on lr_backbone for each block of a
+    transformer, counted from the last (as in BEiT, ICLR 2022); other backbones have one rate.
     """
-    if lr_backbone == 0:
+    if options.lr_backbone == 0:
         model.backbone.requires_grad_(False)
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     block_of = {n: int(match[1]) for n, _ in trained if (match := BLOCK.match(n))}
     blocks = max(block_of.values(), default=-1) + 1
-    groups = {(lr_backbone, True): [], (lr_head, False): []}
+    groups = {(options.lr_backbone, True): [], (options.lr_head, False): []}
     for n, p in trained:
-        in_backbone, at_end = n.startswith("backbone."), n.startswith("backbone.model.norm.")
+        in_backbone = n.startswith("backbone.")
+        at_end = n.startswith("backbone.model.norm.")
         later = 0 if at_end else blocks - 1 - block_of.get(n, -1)  # blocks after it
-        rate = lr_backbone * layer_decay**later if in_backbone else lr_head
+        rate = options.lr_backbone * options.layer_decay**later if in_backbone else options.lr_head
         groups.setdefault((rate, in_backbone), []).append(p)
     groups = [{"params": ps, "lr": rate, "base_lr": rate} for (rate, _), ps in groups.items()]
-    if name == "adamw":
-        return AdamW(groups, weight_decay=weight_decay, fused=True)
-    sgd = torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay, fused=True)
-    if momentum:  # where fp16 skips the first step, PyTorch would leave these uninitialised
+    decay = options.weight_decay
+    if options.name == "adamw":
+        return AdamW(groups, weight_decay=decay, fused=True)
+    sgd = torch.optim.SGD(groups, momentum=options.momentum, weight_decay=decay, fused=True)
+    if options.momentum:  # where fp16 skips the first step, PyTorch would not initialise these
         for _, p in trained:
             sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return sgd
@@ -233,11 +235,14 @@ def poly_lr(base, step, total, power):
     return base * (1 - step / total) ** power
 
 
-def set_learning_rate(optimizer, step, total, power, warmup, **_):
-    """Set poly_lr of each group's base rate, rising linearly over the first `warmup` steps."""
-    rise = min(1, (step + 1) / (warmup + 1))
+def set_learning_rate(optimizer, step, total, options):
+    """Set poly_lr of each group's base rate, rising linearly over the first options.warmup steps.
+
+    options: cfg.optimizer.
+    """
+    rise = min(1, (step + 1) / (options.warmup + 1))
     for group in optimizer.param_groups:
-        group["lr"] = poly_lr(group["base_lr"], step, total, power) * rise
+        group["lr"] = poly_lr(group["base_lr"], step, total, options.power) * rise
 
 
 def make_teacher(student):
@@ -268,29 +273,22 @@ def ema_update(teacher, student, step, limit=0.999):
 def recalibrate_batchnorm(model, batches):
     """Set batch norm's running statistics to their plain average over batches; end in eval mode.
 
-    batches: yield this process's images (B, 3, H, W); their len() is that of all processes.
+    batches: yield images (B, 3, H, W), the same in all processes; without any, nothing changes.
     """
     model.eval()
+    if not len(batches):
+        return
     norms = _layers(model, nn.modules.batchnorm._BatchNorm)
-    share = int(rank() == 0)  # without batches, all take the statistics of rank 0
-    if len(batches):
-        momenta = [norm.momentum for norm in norms]
-        for norm in norms:  # a teacher tracks nothing; without momentum it is a plain average
-            norm.track_running_stats, norm.momentum = True, None
-            norm.reset_running_stats()
-            norm.train()
-        share = 0
-        for images in batches:
-            model(images)
-            share += 1 / len(batches)
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-            norm.num_batches_tracked.fill_(len(batches))
-        model.eval()
-    if world() > 1:
-        for norm in norms:
-            for statistic in (norm.running_mean, norm.running_var):
-                statistic.copy_(sum_over_processes(share * statistic))
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:  # a teacher tracks nothing; without momentum it is a plain average
+        norm.track_running_stats, norm.momentum = True, None
+        norm.reset_running_stats()
+        norm.train()
+    for images in batches:
+        model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()
 
 
 # ---------------------------------------------------------------- weights
@@ -315,29 +313,34 @@ class Predictor(nn.Module):
 
 def load(path):
     """Return the Predictor of a checkpoint's student, in eval mode on the CPU. Raises UserError."""
-    cfg = Config(load_tensors(path).get("config", {"classes": "cityscapes"}))  # none: the authors'
-    return Predictor(load_segmenter(path, cfg)[0], classes(cfg)).eval()
+    model, cfg, _ = load_checkpoint(path)
+    return Predictor(model, classes(cfg)).eval()
+
+
+def load_checkpoint(path, which="student"):
+    """Return a checkpoint's student or teacher (None where it has none), its Config, its entries.
+
+    Of the Config, `classes` and `model` are those that it was trained with. Raises UserError.
+    """
+    saved = load_tensors(path)
+    if not {"student", "config"} <= saved.keys():
+        fault = "holds no segmentation network of warmup.py, selftrain.py or tools.baselines"
+        raise UserError(f"{path}: {fault}; for weights of other projects see tools/convert.py")
+    own = {key: saved["config"][key] for key in ("classes", "model") if key in saved["config"]}
+    cfg = load_saved(own, (), f"{path}: config")
+    if which not in saved:
+        return None, cfg, saved
+    options = cfg.model | {"weights": None}
+    model = build_segmenter(num_classes=len(classes(cfg)), **options)
+    load_exactly(model, saved[which], path)
+    return model, cfg, saved
 
 
 def load_segmenter(path, cfg, which="student"):
-    """Return a checkpoint's student or teacher (else None), and its entries. Raises UserError."""
-    saved = load_tensors(path)
-    if "layer0.0.weight" in saved:  # the authors' released student
-        check_known({"student": saved}, {"student": TENSORS}, path)
-        config = {"classes": cfg.classes, "model": {"network": "deeplab_v2_resnet101"}}
-        saved = {"student": from_authors(saved), "config": config}
-    if not {"student", "config"} <= saved.keys():
-        raise UserError(f"{path}: holds no segmentation network of warmup.py or selftrain.py")
-    # keys that are newer than the checkpoint have the values of config.yaml
-    config = {key: saved["config"].get(key) for key in ("classes", "model")}
-    config = load_saved(config, (), f"{path}: config")
-    trained = list(classes(config))
-    if trained != list(classes(cfg)):
-        raise UserError(f"{path}: was trained for other classes: {', '.join(trained)}")
-    if which not in saved:
-        return None, saved
-    model = build_segmenter(num_classes=len(trained), **config.model | {"weights": None})
-    load_exactly(model, saved[which], path)
+    """Return load_checkpoint's network and entries; UserError where cfg has other classes."""
+    model, own, saved = load_checkpoint(path, which)
+    if list(classes(own)) != list(classes(cfg)):
+        raise UserError(f"{path}: was trained for other classes: {', '.join(classes(own))}")
     return model, saved
 
 
@@ -360,58 +363,30 @@ def load_exactly(module, state, origin):
 
 
 def _load_backbone(model, network, weights):
-    """Load "imagenet", or a file in torchvision's layout or one of two that are based on it.
+    """Load "imagenet", or a file in torchvision's layout.
 
-    These are old DeepLab's ("Scale." first; for BGR in 0 ... 255 less a mean) and ProDA's SimCLR's.
+    The file may hold `mean` and `std` as well, of the images that it was trained with.
     """
     if weights == "imagenet":
-        source = torchvision.models.get_model_weights(network.removeprefix("deeplab_v2_"))
+        import torchvision
+
+        name = network.removeprefix("deeplab_v2_")
+        source = torchvision.models.get_model_weights(name).IMAGENET1K_V1
         try:
-            state = source.IMAGENET1K_V1.get_state_dict(weights_only=True)
+            state = source.get_state_dict(weights_only=True)
         except OSError as error:
-            url = source.IMAGENET1K_V1.url
-            fault = f"model.weights: imagenet could not be downloaded from {url} ({error})"
+            fault = f"model.weights: imagenet could not be downloaded from {source.url} ({error})"
             remedy = "fetch that file where there is a network and give its path as model.weights"
             raise UserError(f"{fault}; {remedy}") from error
     else:
         state = load_tensors(weights)
-    state = state.get("state_dict", state)
-    if "Scale.conv1.weight" in state:
-        state["Scale.conv1.weight"] = state["Scale.conv1.weight"].flip(1)
-        model.mean.copy_(torch.tensor(AUTHORS_BGR_MEAN[::-1])[:, None, None] / 255)
-        model.std.fill_(1 / 255)
-    state = {k.removeprefix("module.").removeprefix("Scale."): v for k, v in state.items()}
-    others = ("fc.", "classifier.", "features.18.", "layer5.")
-    state = {key: value for key, value in state.items() if not key.startswith(others)}
+    state = {k.removeprefix("module."): v for k, v in state.get("state_dict", state).items()}
+    for name in ("mean", "std"):
+        if name in state:
+            model.get_buffer(name).copy_(state.pop(name))
+    unused = ("fc.", "classifier.", "features.18.")
+    state = {key: value for key, value in state.items() if not key.startswith(unused)}
     norms = [key.removesuffix("running_var") for key in state if key.endswith("running_var")]
     # old PyTorch versions did not count batches
     counts = {f"{norm}num_batches_tracked": torch.tensor(0) for norm in norms}
     load_exactly(model.backbone, counts | state, weights)
-
-
-AUTHORS_BGR_MEAN = (104.00698793, 116.66876762, 122.67891434)
-AUTHORS_KEYS = {
-    "layer0.0.": "backbone.conv1.",
-    "layer0.1.": "backbone.bn1.",
-    "layer": "backbone.layer",
-    "final.conv2d_list.": "head.branches.",
-    "final.bottleneck.0.se.0.": "head.excite.1.",
-    "final.bottleneck.0.se.2.": "head.excite.3.",
-    "final.bottleneck.1.": "head.project.0.",
-    "final.bottleneck.2.": "head.project.1.",
-    "final.head.1.": "classifier.",
-}
-
-
-def from_authors(state):
-    """Return the authors' student.pth (BGR in 0 ... 255, minus a mean, over 128) in our layout."""
-    ours = {}
-    for key, value in state.items():
-        theirs = next((prefix for prefix in AUTHORS_KEYS if key.startswith(prefix)), "")
-        linear = ".se." in key and value.dim() == 2
-        name = AUTHORS_KEYS.get(theirs, "") + key.removeprefix(theirs)
-        ours[name] = value[..., None, None] if linear else value
-    ours["backbone.conv1.weight"] = ours["backbone.conv1.weight"].flip(1)
-    ours["mean"] = torch.tensor(AUTHORS_BGR_MEAN[::-1])[:, None, None] / 255
-    ours["std"] = torch.full((3, 1, 1), 128 / 255)
-    return ours

@@ -3,21 +3,20 @@
 Leaves runs/NAME/selftrain.pth:  python selftrain.py --cfg config.yaml --init warmup.pth
 """
 
-from engine.command import arguments, command  # isort: skip  (first: it answers Ctrl-C)
 import itertools
 import math
 
 import torch
 from torch.utils.data import StackDataset
 
-from augment import FOR_STRONG, class_mix, cross_domain_mix, mix, strong_view
+from augment import class_mix, cross_domain_mix, strong_view
 from datasets import Crops, Images, RecalibrationImages, Whole, loader, translated_images
+from engine.command import arguments, command
 from engine.files import find
 from engine.folders import Aligned
 from engine.images import image_writer, read_label
-from engine.loop import part_size
+from engine.loop import Run, micro_batch_size
 from engine.processes import all_gather_rows, in_batch_order
-from engine.run import Run
 from losses import (
     Centroids,
     bilateral_consensus,
@@ -27,13 +26,12 @@ from losses import (
     supervised_loss,
     symmetric_distillation,
 )
-from metrics import predictions, validate
+from metrics import finish, predictions, validate
 from models import (
     build_optimizer,
     ema_update,
     load_segmenter,
     make_teacher,
-    recalibrate_batchnorm,
     require_sizes,
     set_learning_rate,
 )
@@ -51,9 +49,11 @@ def main():
     cfg = load_config(args.cfg, args.overrides)
     init = find(args.init, cfg)
     for number in range(1, cfg.selftrain.rounds + 1):
-        last = number == cfg.selftrain.rounds
-        run = Run(cfg, "selftrain" if last else f"selftrain_round{number}", "selftrain")
-        inputs = [init, *[run.folder / "translator.pth"] * cfg.selftrain.crdomix]
+        is_last = number == cfg.selftrain.rounds
+        run = Run(cfg, "selftrain" if is_last else f"selftrain_round{number}", "selftrain")
+        inputs = [init]
+        if cfg.selftrain.crdomix:
+            inputs.append(run.folder / "translator.pth")
         if not run.is_finished(args.force, inputs):
             train(run, init, run.folder / "pseudo_labels" / f"round{number}")
         init = run.result
@@ -62,127 +62,120 @@ def main():
 def train(run, init, folder):
     """Run one round from the network in the file `init`; probability labels go to `folder`."""
     cfg, options, total = run.cfg, run.cfg.selftrain, run.cfg.selftrain.steps
+    n, names = micro_batch_size(cfg, "selftrain"), classes(cfg)
 
     # data
     source = Images(cfg, "source", labelled=True)
-    target = Images(cfg, "target", labelled=False)
-    beside = {"translated": translated_images(cfg, source)} if options.crdomix else {}
-    size = part_size(cfg, "selftrain")
-    source_crops = Crops(
-        cfg, run.stage, "source", source, options.batch, total, rare=cfg.rare_classes, **beside
-    )
-    recalibration = RecalibrationImages(run, options.batch)
+    target = Images(cfg, "target", labelled=options.diagnose)
+    aligned = {"translated": translated_images(cfg, source)} if options.crdomix else {}
+    batch, rare = options.batch, cfg.rare_classes
+    source_crops = Crops(cfg, run.stage, "source", source, batch, total, rare=rare, aligned=aligned)
+    both = {"source": source, "target": target}
+    recalibration = RecalibrationImages(run, batch, cfg.bn_recalibrate, **both)
     val = Images(cfg, "val", labelled=True) if cfg.val_every else None
-    stored = options.labels != "online"  # else the moving teacher's own take their place
-    beside_target = {}
-    if options.diagnose:
-        beside_target["truth"] = Images(cfg, "target", labelled=True).label
 
     # student, teacher, optimizer, centroids
-    student = run.place(require_sizes(load_segmenter(init, cfg)[0], cfg, 3 * size))
+    student = run.place(require_sizes(load_segmenter(init, cfg)[0], cfg, 3 * n))
     teacher = make_teacher(student)
-    optimizer = build_optimizer(student, **cfg.optimizer)
-    centroids = Centroids(len(classes(cfg)), student.channels, options.momentum).to(run.device)
-    state = {"student": student, "teacher": teacher, "optimizer": optimizer, "scaler": run.scaler}
-    state["centroids"] = centroids
-    first = run.resume(state)
+    optimizer = build_optimizer(student, cfg.optimizer)
+    centroids = Centroids(len(names), student.channels, options.momentum).to(run.device)
+    state = {"student": student, "teacher": teacher, "optimizer": optimizer}
 
     # probability labels and first centroids, fixed before the round's training begins
-    run.describe()
-    if first is None:
-        first = 0
+    if not run.resume(**state, centroids=centroids):
         class_means = ()
-        if stored or options.centroids == "target":
-            class_means = label_target(run, student, target, centroids, folder)
+        if options.labels != "online" or options.centroids == "target":
+            class_means = label_target(run, student, target.unlabelled(), centroids, folder)
         if options.centroids == "crdomix":
-            of_source = class_means_of_source(run, student, source, beside, centroids)
+            of_source = class_means_of_source(run, student, source, aligned, centroids)
             class_means = itertools.chain(class_means, of_source)
         for means, found in in_batch_order(class_means):
             centroids.accumulate(means.to(run.device), found)
         student.train()
-        run.save_unfinished(first, state)
-    if stored:
+        run.save_unfinished(0)
+    aligned = {"truth": target.label} if options.diagnose else {}
+    if options.labels != "online":
         remedy = "give --force to make pseudo-labels anew"
-        beside_target["pseudo"] = Aligned(folder, target.names, read_label, remedy)
-    target_crops = Crops(cfg, run.stage, "target", target, options.batch, total, **beside_target)
+        aligned["pseudo"] = Aligned(folder, target.names, read_label, remedy)
+    target = target.unlabelled()
+    target_crops = Crops(cfg, run.stage, "target", target, batch, total, aligned=aligned)
 
     # training
     network, teacher_network = run.parallel(student), run.compiled(teacher)
     supervised = {"ce": supervised_loss, "ohem": ohem_loss}[cfg.supervised]
     crops = StackDataset(source=source_crops, target=target_crops)
-    crops = loader(run, crops, first * source_crops.batch_size, size)
-    for step, parts in run.steps(crops, first, total, state):
-        set_learning_rate(optimizer, step, total, **cfg.optimizer)
+    batches = loader(run, crops, run.first * source_crops.batch_size, n)
+    for step, parts in run.steps(batches, total):
+        set_learning_rate(optimizer, step, total, cfg.optimizer)
         ema_update(teacher, student, step, cfg.ema_limit)
         target_means, source_means = [], []
         for batch in parts:
             of_source, of_target = batch["source"], batch["target"]
-            x_s, y_s, draws = of_source["image"], of_source["label"], of_source["draws"]
-            x_t, target_draws = of_target["image"], of_target["draws"]
-            translated, label_size = of_source.get("translated"), y_s.shape[-2:]
+            x_s, y_s, x_t = of_source["image"], of_source["label"], of_target["image"]
+            draws, target_draws = of_source["draws"], of_target["draws"]
+            translated, size = of_source.get("translated"), y_s.shape[-2:]
             x_cdm = cross_domain_mix(x_s, y_s, translated, draws, options.strong)
 
+            # the teacher's features of the weak target view give the feature labels
             with torch.no_grad(), run.autocast():
-                teacher_logits, features, _ = teacher_network(torch.cat([x_s, x_cdm, x_t]))
-            y_f = centroids.assign(features[2 * size :], label_size)
-            if stored:
-                y_p, weights = of_target["pseudo"], None
-            else:
-                y_p = probability_labels([teacher_logits[2 * size :]], label_size)
-                share = confident_share(teacher_logits[2 * size :], label_size)
-                weights = share[:, None, None].expand(y_p.shape)
-                run.log(confident=weights.mean())
+                outputs = teacher_network(torch.cat([x_s, x_cdm, x_t]))
+            (t_s, t_cdm, t_t), (_, f_cdm, f_t) = (maps.split(n) for maps in outputs[:2])
+            y_f = centroids.assign(f_t, size)
+            y_p, w_t = weighted_labels(run, of_target.get("pseudo"), t_t, size)
             single = {"probability": y_p, "feature": y_f}
             y_t = single.get(options.labels, bilateral_consensus(y_p, y_f))
+
+            # half of the source's classes are pasted into the strong target view
             if options.class_mixing:
-                both = draws, target_draws
-                x_mix, y_mix, mask = class_mix(x_s, y_s, x_t, y_t, both, options.strong)
-                if not stored:
-                    weights = mix(mask, torch.ones_like(weights), weights)
+                pair = (x_s, y_s, draws), (x_t, y_t, w_t, target_draws)
+                x_mix, y_mix, w_mix = class_mix(*pair, options.strong)
             else:
-                x_mix, y_mix = strong_view(x_t, target_draws[:, FOR_STRONG], options.strong), y_t
+                x_mix, y_mix, w_mix = strong_view(x_t, target_draws, options.strong), y_t, w_t
 
             with run.autocast():
                 logits, _, auxiliary = network(torch.cat([x_s, x_cdm, x_mix]))
-            ce = supervised(logits[:size], y_s)
-            ce_mix = supervised(logits[2 * size :], y_mix, weights)
-            if cfg.model.auxiliary:
-                ce = ce + cfg.model.auxiliary * supervised(auxiliary[:size], y_s)
-                of_mix = supervised(auxiliary[2 * size :], y_mix, weights)
-                ce_mix = ce_mix + cfg.model.auxiliary * of_mix
-            pair, kappa = slice(2 * size), options.strong_to_weak
-            kd = symmetric_distillation(logits[pair], teacher_logits[pair], kappa, label_size)
+            z_s, z_cdm, z_mix = logits.split(n)
+            ce = supervised(z_s, y_s)
+            ce_mix = supervised(z_mix, y_mix, w_mix)
+            if auxiliary is not None:
+                a_s, _, a_mix = auxiliary.split(n)
+                ce = ce + cfg.model.auxiliary * supervised(a_s, y_s)
+                ce_mix = ce_mix + cfg.model.auxiliary * supervised(a_mix, y_mix, w_mix)
+            kappa = options.strong_to_weak
+            kd = symmetric_distillation((z_s, z_cdm), (t_s, t_cdm), kappa, size)
             loss = ce + ce_mix + options.distill * kd
-
-            run.scaler.scale(loss / cfg.accumulate).backward()
-            for part, y, found in (
-                (slice(2 * size, None), y_t, target_means),
-                (slice(size, 2 * size), y_s, source_means),
-            ):
-                means = centroids.class_means(features[part], teacher_logits[part], y, padded=True)
-                found.append(means)
-
+            run.backward(loss)
             run.log(loss=loss, ce=ce, ce_mix=ce_mix, kd=kd, kept=(y_t != 255).float().mean())
-            run.log(lr=optimizer.param_groups[0]["lr"])
+
+            # centroids move with the target first, then with the source
+            target_means.append(centroids.class_means(f_t, t_t, y_t, padded=True))
+            source_means.append(centroids.class_means(f_cdm, t_cdm, y_s, padded=True))
             if options.diagnose:
                 diagnose(run, y_p, y_t, of_target["truth"])
 
-        run.scaler.step(optimizer)
-        run.scaler.update()
-        optimizer.zero_grad()
+        run.update(optimizer)
         for means, found in target_means + source_means:
             centroids.move(all_gather_rows(means), all_gather_rows(found))
         if run.shows:
             pictures = {"target_image": x_t, "probability_labels": y_p, "feature_labels": y_f}
             pictures |= {"pseudo_labels": y_t, "mixed_image": x_mix, "mixed_labels": y_mix}
-            run.show(classes(cfg), **pictures, truth=of_target.get("truth"))
-        if cfg.val_every and (step + 1) % cfg.val_every == 0:
-            validate(run, step + 1, val, recalibration, student, teacher)
+            run.show(names, **pictures, truth=of_target.get("truth"))
+        validate(run, val, recalibration, student, teacher)
 
-    with run.autocast():
-        recalibrate_batchnorm(student, recalibration)
-        recalibrate_batchnorm(teacher, recalibration)
-    run.finish(total, {"student": student, "teacher": teacher})
+    finish(run, recalibration, student, teacher)
+
+
+def weighted_labels(run, stored, logits, size):
+    """Return y^p (B, H, W) and its weights: stored labels weigh 1, a moving teacher's less.
+
+    logits: the moving teacher's, whose labels take the place of `stored` ones that are None.
+    """
+    if stored is not None:
+        return stored, torch.ones(stored.shape, device=stored.device)
+    labels, share = probability_labels([logits], size), confident_share(logits, size)
+    weights = share[:, None, None].expand(labels.shape)
+    run.log(confident=weights.mean())
+    return labels, weights
 
 
 def label_target(run, model, target, centroids, folder):
@@ -201,12 +194,12 @@ def label_target(run, model, target, centroids, folder):
 
 
 @torch.no_grad()
-def class_means_of_source(run, model, source, beside, centroids):
+def class_means_of_source(run, model, source, aligned, centroids):
     """Yield the class means of x_cdm, a batch at a time, on one crop of every source image."""
     cfg, options, model = run.cfg, run.cfg.selftrain, model.eval()
     steps = math.ceil(len(source) / sum(options.batch))
     stage = f"{run.stage} centroids"
-    crops = Crops(cfg, stage, "source", source, options.batch, steps, **beside)
+    crops = Crops(cfg, stage, "source", source, options.batch, steps, aligned=aligned)
     for batch in map(run.fetch, loader(run, crops, 0, crops.batch_size)):
         x_s, y_s, translated = batch["image"], batch["label"], batch.get("translated")
         x_cdm = cross_domain_mix(x_s, y_s, translated, batch["draws"], options.strong)

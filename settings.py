@@ -1,27 +1,23 @@
-"""The keys of a configuration, what each may be and what must agree; classes, label values."""
+"""Classes, label values, layouts; what the keys of a configuration may be and what must agree."""
 
 import math
 from pathlib import Path
 
 from engine import config
 from engine.config import (
-    ANY,
-    FLAG,
-    NAME,
     NULL,
     TEXT,
     choice,
     either,
     integer,
     mapping,
-    multiple_of,
     number,
     one_line,
-    pattern,
     require,
     sequence,
 )
 
+DEFAULTS = Path(__file__).parent / "config.yaml"
 # Cityscapes' 19 classes in order: colour; id in Cityscapes and GTA5, in SYNTHIA, ids in Mapillary
 CITYSCAPES = {
     "road": ((128, 64, 128), 7, 3, (13, 24, 41)),
@@ -80,11 +76,6 @@ def label_values(ids, names):
     return {value: number_of.get(name, 255) for value, name in ids.items()}
 
 
-# ---------------------------------------------------------------- the keys
-
-RATE = ("a number above 0, at most 100", lambda v: type(v) in (int, float) and 0 < v <= 100)
-SIZE = sequence(integer(8, 65536), 2, 2)
-BATCH = sequence(integer(0, 4096), 1)
 # layout: folder of images; folders of labels, of which the first that exists is used; what ends the
 # stem of an image's and of a label's name (labelIds become labelTrainIds where ids = train_ids)
 LAYOUTS = {
@@ -97,112 +88,71 @@ LAYOUTS = {
     "folder": ("{split}/images", ["{split}/labels"], "", ""),
     "flat": ("{split}", ["{split}/../labels"], "", ""),
 }
-NAMED_IDS = choice("cityscapes", "synthia", "mapillary", "train_ids", "index")
 
+# ---------------------------------------------------------------- the keys of a configuration
 
-def _dataset(**sizes):
-    return {
-        "layout": choice(*LAYOUTS),
-        "root": TEXT,
-        "split": either(TEXT, NULL),
-        "ids": either(NAMED_IDS, mapping(integer(0, 65535), either(TEXT, NULL))),
-        "list": either(TEXT, NULL),
-        **sizes,
-    }
-
-
-TRAINING = {
-    "steps": integer(1),
-    "batch": BATCH,
-    "distill": number(0),
-    "strong_to_weak": number(0),
-    "strong": number(0, 1),
-    "crdomix": FLAG,
-}
-OWN_NETWORKS = {}  # name -> function, of models.register
-OWN = ("a name that models.register was given", lambda value: value in [*OWN_NETWORKS])
-SMP = pattern("smp/ARCHITECTURE/ENCODER", r"smp/\w+/[\w.-]+")
-NETWORKS = ("deeplab_v2_resnet101", "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2")
 STAGES = ("demo_data", "translate", "source_only", "warmup", "selftrain", "oracle")
-COLOURS = mapping(TEXT, sequence(integer(0, 255), 3, 3), 2, 254)  # 255 is ignored, in 8 bits
+NETWORKS = ("deeplab_v2_resnet101", "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2")
+OWN_NETWORKS = {}  # name -> function, of models.register
 
-SCHEMA = {
+
+def _is_network(name):
+    known = name in NETWORKS or name in OWN_NETWORKS
+    return known or (isinstance(name, str) and name.count("/") == 2 and name.startswith("smp/"))
+
+
+def _is_name(name):
+    return TEXT[1](name) and all(c.isalnum() or c in "-_." for c in name) and name[-1] != "."
+
+
+SHARE, STEPS, POSITIVE = number(0, 1), integer(1), number(1e-12)
+NAME = ("a name of letters, digits, - _ .", _is_name)
+OWN = (f"{' | '.join(NETWORKS)}, smp/ARCHITECTURE/ENCODER, or registered", _is_network)
+SIZE = sequence(integer(8), 2, 2)
+COLOUR = sequence(integer(0, 255), 3, 3)
+LABELS = ("consensus", "online", "probability", "feature")
+WHOLE = ("classes", "ids", "subsets")  # their mappings are one value
+# key.sub or key -> rule, where the type of config.yaml's value does not say what a value may be
+RULES = {
     "name": NAME,
-    "output": TEXT,
     "stages": sequence(choice(*STAGES)),
-    "seed": integer(0, 2**31 - 1),
     "device": choice("auto", "cpu", "cuda"),
     "precision": choice("auto", "bf16", "fp16", "fp32"),
-    "compile": choice("auto", True, False),
     "workers": either(choice("auto"), integer(0, 256)),
-    "accumulate": integer(1, 4096),
-    "classes": either(choice("cityscapes"), sequence(choice(*CITYSCAPES), 2), COLOURS),
-    "source": _dataset(sizes=sequence(SIZE, 1)),
-    "target": _dataset(sizes=sequence(SIZE, 1)),
-    "val": _dataset(size=either(SIZE, NULL)) | {"root": either(TEXT, NULL)},
-    "more_val": {ANY: _dataset(size=either(SIZE, NULL))},
+    "classes": either(
+        choice("cityscapes"),
+        sequence(choice(*CITYSCAPES), 2),
+        mapping(TEXT, COLOUR, 2, 254),  # 255 is ignored, in 8 bits
+    ),
+    "layout": choice(*LAYOUTS),
+    "ids": either(
+        choice("cityscapes", "synthia", "mapillary", "train_ids", "index"),
+        mapping(integer(0, 65535), either(TEXT, NULL)),
+    ),
+    "sizes": sequence(SIZE, 1),
+    "size": either(SIZE, NULL),
     "crop": SIZE,
-    "min_scale": number(0.01, 1),
-    "max_class_share": number(0.01, 1),
-    "rare_classes": number(0, 100),
-    "model": {
-        "network": either(choice(*NETWORKS), SMP, OWN),
-        "output_stride": choice(8, 16),
-        "channels": multiple_of(32, 32, 4096),
-        "weights": either(TEXT, NULL),
-        "auxiliary": number(0),
-    },
+    "translation.crop": sequence(integer(32, step=4), 2, 2),
+    "tile": sequence(integer(32, step=32), 2, 2),
+    "batch": sequence(integer(0, 4096), 1),
+    "network": OWN,
+    "output_stride": choice(8, 16),
+    "channels": integer(32, step=32),
+    "filters": integer(4),
     "supervised": choice("ce", "ohem"),
-    "optimizer": {
-        "name": choice("sgd", "adamw"),
-        "lr_backbone": number(0, 100),
-        "lr_head": RATE,
-        "layer_decay": number(0.01, 1),
-        "momentum": number(0, 0.9999),
-        "weight_decay": number(0, 1),
-        "power": number(0, 10),
-        "warmup": integer(0),
-    },
-    "ema_limit": number(0, 1),
+    "optimizer.name": choice("sgd", "adamw"),
     "bn_recalibrate": sequence(choice("source", "target")),
-    "bn_images": integer(1),
-    "translation": {
-        "images": either(TEXT, NULL),
-        "weights": either(TEXT, NULL),
-        "steps": integer(1),
-        "batch": BATCH,
-        "crop": sequence(multiple_of(4, 32, 65536), 2, 2),
-        "filters": integer(4, 512),
-        "blocks": integer(1, 64),
-        "lr": RATE,
-        "cycle": number(0),
-        "identity": number(0),
-        "edge": number(0),
-    },
-    "warmup": TRAINING | {"labels_from": choice("source", "target")},
-    "selftrain": TRAINING
-    | {
-        "rounds": integer(1, 100),
-        "centroids": choice("crdomix", "target"),
-        "momentum": number(0, 1),
-        "labels": choice("consensus", "online", "probability", "feature"),
-        "class_mixing": FLAG,
-        "diagnose": FLAG,
-    },
-    "evaluation": {
-        "scales": sequence(number(0.05, 4), 1),
-        "tile": sequence(multiple_of(32, 32, 65536), 2, 2),
-        "subsets": mapping(NAME, sequence(TEXT, 1), low=0),
-        "pictures": integer(0),
-    },
-    "log_every": integer(1),
-    "pictures_every": integer(1),
-    "save_every": integer(1),
-    "val_every": integer(0),
+    "centroids": choice("crdomix", "target"),
+    "labels": choice(*LABELS),
+    "scales": sequence(number(0.05, 4), 1),
+    "subsets": mapping(NAME, sequence(TEXT, 1), low=0),
+    **dict.fromkeys(("split", "list", "val.root", "images", "weights"), either(TEXT, NULL)),
+    **dict.fromkeys(("min_scale", "max_class_share", "layer_decay"), number(0.01, 1)),
+    **dict.fromkeys(("ema_limit", "strong", "momentum"), SHARE),
+    **dict.fromkeys(("lr_head", "translation.lr"), POSITIVE),
+    **dict.fromkeys(("accumulate", "steps", "rounds", "blocks", "bn_images"), STEPS),
+    **dict.fromkeys(("log_every", "pictures_every", "save_every"), STEPS),
 }
-
-
-# ---------------------------------------------------------------- loading
 
 
 def load_config(path, overrides=()):
@@ -210,17 +160,30 @@ def load_config(path, overrides=()):
 
     overrides: texts of the form key.sub=value. Raises UserError.
     """
-    return checked(config.read_with_base(path, SCHEMA), overrides, path)
+    return checked(config.read(path, WHOLE), overrides, path)
 
 
 def load_saved(tree, overrides, origin):
-    """Return the Config of a tree, or of a YAML file, that a run has written.
+    """Return the Config of a tree, or of a YAML file, that a run of any release has written.
 
-    Keys that are newer than the run have the values of config.yaml. Raises UserError.
+    Keys that are newer than the run have the values of config.yaml; older ones that are gone are
+    left out. Raises UserError.
     """
     tree = tree if isinstance(tree, dict) else config.read(tree)
-    defaults = config.read(Path(__file__).parent / "config.yaml")
-    return checked(config.merge(defaults, tree, SCHEMA), overrides, origin)
+    defaults = config.read(DEFAULTS)
+    tree = config.merge(defaults, _known(tree, defaults), WHOLE)
+    tree["compile"] = tree["compile"] is True  # it could be auto
+    return checked(tree, overrides, origin)
+
+
+def _known(tree, defaults):
+    """Return a tree without the keys that `defaults` lacks; names of more_val are the user's."""
+    kept = {}
+    for key, value in tree.items():
+        if key in defaults:
+            nested = isinstance(value, dict) and key not in ("more_val", *WHOLE)
+            kept[key] = _known(value, defaults[key]) if nested else value
+    return kept
 
 
 def checked(tree, overrides, origin):
@@ -228,7 +191,12 @@ def checked(tree, overrides, origin):
 
     origin: where the tree comes from, for messages. Raises UserError.
     """
-    cfg = config.check(config.override(tree, overrides, SCHEMA), SCHEMA, origin)
+    tree, example = config.override(tree, overrides, WHOLE), config.read(DEFAULTS)
+    more = tree.get("more_val")
+    is_known = isinstance(more, dict) and all(map(NAME[1], more))
+    require(is_known, origin, "more_val", more, "map names to datasets, each with the keys of val")
+    example["more_val"] = dict.fromkeys(more, example["val"])
+    cfg = config.check(tree, example, RULES, origin)
     _check_classes(cfg, origin)
     _check_sizes(cfg, origin)
     return cfg
@@ -255,7 +223,7 @@ def _check_classes(cfg, origin):
 def _check_sizes(cfg, origin):
     for section, crop_key, crop, domains in (
         ("translation", "translation.crop", cfg.translation.crop, ("source", "target")),
-        ("warmup", "crop", cfg.crop, (cfg.warmup.labels_from,)),
+        ("warmup", "crop", cfg.crop, ("source",)),
         ("selftrain", "crop", cfg.crop, ("source", "target")),
     ):
         batch = cfg[section].batch

@@ -6,7 +6,6 @@ A CycleGAN (Zhu et al., ICCV 2017) with a loss that keeps borders between classe
 that the source's labels stay valid. Only G: source -> target is used afterwards.
 """
 
-from engine.command import arguments, command  # isort: skip  (first: it answers Ctrl-C)
 from pathlib import Path
 
 import torch
@@ -15,15 +14,16 @@ from torch import nn
 from torch.utils.data import StackDataset, Subset
 
 from datasets import Crops, Images, Whole, loader
+from engine.command import arguments, command
 from engine.config import UserError
 from engine.files import load_tensors
 from engine.folders import Aligned
 from engine.images import image_writer, read_image
-from engine.loop import part_size, progress
+from engine.log import progress
+from engine.loop import Run, micro_batch_size
 from engine.processes import all_gather_rows, decided_by_first, rank, world
-from engine.run import Run
 from losses import semantic_edge_loss
-from models import AUTHORS_BGR_MEAN, load_exactly
+from models import load_exactly
 from settings import classes, load_config
 
 POOL = 50  # earlier translations that the discriminators see half of the time
@@ -53,8 +53,9 @@ def main():
 def train(run, source):
     cfg, options, total = run.cfg, run.cfg.translation, run.cfg.translation.steps
 
+    n, batch_size = micro_batch_size(cfg, "translation"), sum(options.batch)
+
     # data
-    size, batch_size = part_size(cfg, "translation"), sum(options.batch)
     images = {"source": source, "target": Images(cfg, "target", labelled=False)}
     alike = options.batch, total, options.crop
     crops = {key: Crops(cfg, run.stage, key, images[key], *alike) for key in images}
@@ -63,7 +64,8 @@ def train(run, source):
     generators = [Generator(options.filters, options.blocks).apply(init_gan) for _ in range(2)]
     to_target, to_source = map(run.place, generators)
     discriminators = [Discriminator(options.filters).apply(init_gan) for _ in range(2)]
-    judges = is_target, is_source = nn.ModuleList(map(run.place, discriminators))
+    judges = nn.ModuleList(map(run.place, discriminators))
+    is_target, is_source = judges
     pool_target, pool_source = (run.place(Pool(options.crop)) for _ in range(2))
     # fused on a GPU: with another Adam, the scaler of fp16 reads back in every step
     adam = {"lr": options.lr, "betas": (0.5, 0.999), "fused": run.device.type == "cuda"}
@@ -71,15 +73,13 @@ def train(run, source):
     judges_optimizer = torch.optim.Adam(judges.parameters(), **adam)
     state = {"generator": to_target, "back": to_source, "judges": judges}
     state |= {"pool_target": pool_target, "pool_source": pool_source}
-    state |= {"optimizer": optimizer, "judges_optimizer": judges_optimizer, "scaler": run.scaler}
-    first = run.resume(state) or 0
+    run.resume(**state, optimizer=optimizer, judges_optimizer=judges_optimizer)
 
     # training
-    run.describe()
     to_target, to_source = map(run.parallel, (to_target, to_source))
     judge_target, judge_source = map(run.parallel, judges)
-    crops = loader(run, StackDataset(**crops), first * batch_size, size)
-    for step, parts in run.steps(crops, first, total, state):
+    batches = loader(run, StackDataset(**crops), run.first * batch_size, n)
+    for step, parts in run.steps(batches, total):
         for group in (*optimizer.param_groups, *judges_optimizer.param_groups):
             group["lr"] = options.lr * min(1, 2 * (1 - step / total))
         places = torch.randint(2 * POOL, (2, batch_size))  # in the pools; the same in all processes
@@ -87,6 +87,7 @@ def train(run, source):
             source, labels = batch["source"]["image"], batch["source"]["label"]
             target = batch["target"]["image"]
 
+            # the generators: into the other domain, back, and their own domain as it is
             judges.requires_grad_(False)
             with run.autocast():
                 fake_target, same_target = to_target(torch.cat([source, target])).chunk(2)
@@ -99,10 +100,11 @@ def train(run, source):
             edge = semantic_edge_loss(fake_target, source, labels)
             loss = adversarial + options.cycle * cycle + options.identity * identity
             loss = loss + options.edge * edge
-            run.scaler.scale(loss / cfg.accumulate).backward()
+            run.backward(loss)
 
+            # the discriminators: real images against translations of this and earlier steps
             judges.requires_grad_(True)
-            number = step * batch_size + k * world() * size  # of the first image in all processes
+            number = step * batch_size + k * world() * n  # of the first image in all processes
             with run.autocast():
                 old_target = pool_target.exchange(fake_target.detach(), number, places[0])
                 old_source = pool_source.exchange(fake_source.detach(), number, places[1])
@@ -110,19 +112,16 @@ def train(run, source):
                 judged = judged + least_squares(judge_target(old_target), 0)
                 judged = judged + least_squares(judge_source(source), 1)
                 judged = judged + least_squares(judge_source(old_source), 0)
-            run.scaler.scale(judged / 2 / cfg.accumulate).backward()
+            run.backward(judged / 2)
             run.log(loss=loss, adversarial=adversarial, cycle=cycle, identity=identity, edge=edge)
-            run.log(judges=judged, lr=optimizer.param_groups[0]["lr"])
+            run.log(judges=judged)
 
-        for each in (optimizer, judges_optimizer):
-            run.scaler.step(each)
-            each.zero_grad()
-        run.scaler.update()
+        run.update(optimizer, judges_optimizer)
         if run.shows:
             pictures = {"source_image": source, "translated": fake_target}
             pictures |= {"back_again": cycled_source, "target_image": target}
             run.show(classes(cfg), **pictures)
-    run.finish(total, {"generator": state["generator"]})
+    run.finish(generator=state["generator"])
 
 
 @torch.no_grad()
@@ -150,7 +149,7 @@ def write(run, generator, source, weights):
     images = loader(run, Subset(Whole(source), todo))
     with image_writer() as write_image:
         for sample in progress(images, desc="translated", unit="img"):
-            image, (height, width) = run.fetch(sample["image"])[None], sample["shape"]
+            image, (height, width) = run.fetch(sample["image"][None]), sample["shape"]
             image = F.pad(image, (0, -width % 4, 0, -height % 4), mode="reflect")
             with run.autocast():
                 image = generator(image)
@@ -253,61 +252,18 @@ def init_gan(module):
         nn.init.zeros_(module.bias)
 
 
-class AuthorsGenerator(nn.Module):
-    """The DiGA authors' translator: (B, 3, H, W) -> (B, 3, H, W), RGB in [0, 1].
-
-    H and W are multiples of 4. After MUNIT; instance norms are assumed, no file holds one.
-    """
-
-    def __init__(self, filters=64):
-        super().__init__()
-        mean = torch.tensor(AUTHORS_BGR_MEAN[::-1])[:, None, None] / 255
-        self.register_buffer("mean", mean, persistent=False)
-        layers = layer(nn.Conv2d(3, filters, 7), 3)
-        for width in (filters, 2 * filters):
-            layers += layer(nn.Conv2d(width, 2 * width, 4, 2), 1)
-        layers += [ResidualBlock(4 * filters) for _ in range(8)]
-        for width in (4 * filters, 2 * filters):
-            layers += [nn.Upsample(scale_factor=2), *layer(nn.Conv2d(width, width // 2, 5), 2)]
-        layers += [nn.ReflectionPad2d(3), nn.Conv2d(filters, 3, 7), nn.Tanh()]
-        self.encoder, self.decoder = nn.Sequential(*layers[:16]), nn.Sequential(*layers[16:])
-
-    def forward(self, images):
-        bgr = (images - self.mean).flip(1) * (255 / 128)
-        rgb = self.decoder(self.encoder(bgr)).float().flip(1)
-        return (rgb * (128 / 255) + self.mean).clamp(0, 1)
-
-
 def load_generator(path):
-    """Return the generator of a translator.pth or latest_net_G_A.pth, or of the authors' folder.
-
-    The folder holds enc_s.pth and dec_s2t.pth. Raises UserError.
-    """
-    if not Path(path).is_dir():
-        saved = load_tensors(path)
-        state = {k.removeprefix("module."): v for k, v in saved.get("generator", saved).items()}
-        blocks = len({key.split(".")[1] for key in state if ".conv_block." in key})
-        if "model.1.weight" not in state or not blocks:
-            raise UserError(f"{path}: no CycleGAN ResNet generator; see translation.weights")
-        # old PyTorch versions saved statistics of instance norm, which nothing reads
-        unused = ("running_mean", "running_var", "num_batches_tracked")
-        state = {k: v for k, v in state.items() if not k.endswith(unused)}
-        generator = Generator(state["model.1.weight"].shape[0], blocks)
-        load_exactly(generator, state, path)
-        return generator
-    blocks = [f"model.{block}.model.{conv}" for block in range(4) for conv in range(2)]
-    encoder = ["model.0", "model.1", "model.2", *(f"model.3.{name}" for name in blocks)]
-    decoder = [*(f"model.0.{name}" for name in blocks), "model.2", "model.4", "model.5"]
-    files = [Path(path) / name for name in ("enc_s.pth", "dec_s2t.pth")]
-    states = [load_tensors(file) for file in files]
-    first = states[0].get("model.0.conv.weight")
-    generator = AuthorsGenerator(64 if first is None else first.shape[0])
-    modules = generator.encoder, generator.decoder
-    for module, convs, state, file in zip(modules, (encoder, decoder), states, files, strict=True):
-        theirs = [f"{conv}.conv.{kind}" for conv in convs for kind in ("weight", "bias")]
-        ours = dict(zip(theirs, module.state_dict(), strict=True))
-        renamed = {ours.get(key, f"? {key}"): value for key, value in state.items()}
-        load_exactly(module, renamed, file)
+    """Return the generator in a translator.pth or a latest_net_G_A.pth. Raises UserError."""
+    saved = load_tensors(path)
+    state = {k.removeprefix("module."): v for k, v in saved.get("generator", saved).items()}
+    blocks = len({key.split(".")[1] for key in state if ".conv_block." in key})
+    if "model.1.weight" not in state or not blocks:
+        raise UserError(f"{path}: no CycleGAN ResNet generator; see translation.weights")
+    # old PyTorch versions saved statistics of instance norm, which nothing reads
+    unused = ("running_mean", "running_var", "num_batches_tracked")
+    state = {k: v for k, v in state.items() if not k.endswith(unused)}
+    generator = Generator(state["model.1.weight"].shape[0], blocks)
+    load_exactly(generator, state, path)
     return generator
 
 

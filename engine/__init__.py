@@ -1,3 +1,1 @@
-"""What any training needs, and nothing of the method. Signals come first: torch takes seconds."""
-
-from engine import signals  # noqa: F401
+"""What any training needs, nothing of the method."""

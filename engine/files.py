@@ -3,29 +3,18 @@
 import contextlib
 import errno
 import os
-import platform
 from pathlib import Path
 
 import cv2
 import filelock
 import torch
 
-from engine import config
-from engine.config import TEXT, UserError, integer, mapping, number, one_line, plain
+from engine.config import UserError, flat, one_line
 
 # keys that may differ between a checkpoint and the command that goes on with it
 FREE_KEYS = {
-    "name", "output", "stages", "device", "compile", "workers", "accumulate", "val", "evaluation",
-    "log_every", "pictures_every", "save_every", "val_every",
-}  # fmt: skip
-ANY_TEXT = "text", lambda v: isinstance(v, str)
-TENSORS = mapping(ANY_TEXT, ("a tensor", lambda v: isinstance(v, torch.Tensor)), low=0)
-SUMS = config.sequence(number(-1e300, 1e300), 2, 2)
-CHECKPOINT = {
-    "step": integer(0), "config": ("a mapping", lambda v: isinstance(v, dict)),
-    "inputs": mapping(ANY_TEXT, TEXT, low=0), "seconds": number(0, 1e12),
-    "overall": mapping(TEXT, SUMS, low=0), "miou": number(0, 100),
-    "student": TENSORS, "teacher": TENSORS, "generator": TENSORS,
+    "name", "output", "stages", "device", "compile", "workers", "accumulate", "val", "more_val",
+    "evaluation", "log_every", "pictures_every", "save_every", "val_every",
 }  # fmt: skip
 locks = {}  # folder -> the lock that this process holds on it
 
@@ -33,7 +22,7 @@ locks = {}  # folder -> the lock that this process holds on it
 def write_atomically(path, write):
     """Write a file wholly or not at all: write(temporary path), then rename. Raises UserError."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
@@ -41,10 +30,9 @@ def write_atomically(path, write):
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError, cv2.error) as error:  # torch.save: RuntimeError on a full disk
-        raise UserError(f"{path}: cannot be written: {reason(error)}") from error
-    finally:
-        with contextlib.suppress(OSError):  # which would replace the error above
+        with contextlib.suppress(OSError):  # it would keep the disk full
             temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written: {reason(error)}") from error
 
 
 def reason(error):
@@ -53,19 +41,6 @@ def reason(error):
     is_place = isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT)
     remedy = "make it a place to read and write, or give another" if is_place else "free disk space"
     return f"{words}; {remedy}, then run the same command again"
-
-
-def remove_partial(folder):
-    """Remove what killed processes of this machine have left unfinished in a folder.
-
-    Another machine's processes cannot be asked whether they are alive, and may be writing.
-    """
-    for left in Path(folder).rglob(f".*.{platform.node()}.*.partial"):
-        import psutil  # which not every system has whole
-
-        pid = left.name.split(".")[-2]
-        if not pid.isdigit() or int(pid) == os.getpid() or not psutil.pid_exists(int(pid)):
-            left.unlink(missing_ok=True)
 
 
 def write_text(path, text):
@@ -77,15 +52,14 @@ def load_tensors(path):
     """Return the state dict in a file, on the CPU; no code in it is executed. Raises UserError."""
     if not Path(path).is_file():
         raise UserError(f"{path}: there is no such file of weights, or it is not a regular file")
-    damaged = "restore the file, or remove it"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a dozen types, depending on what the file is instead
         fault = f"not a file of tensors that is safe to load ({one_line(error) or 'it is empty'})"
-        raise UserError(f"{path}: {fault}; {damaged}") from error
+        raise UserError(f"{path}: {fault}; restore the file, or remove it") from error
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        raise UserError(f"{path}: holds a {type(state).__name__}, not a state dict; {damaged}")
-    return config.check_known(state, CHECKPOINT, f"{path}: {damaged}")
+        raise UserError(f"{path}: holds a {type(state).__name__}, not a state dict; remove it")
+    return state
 
 
 def find(path, cfg):
@@ -96,22 +70,24 @@ def find(path, cfg):
     raise UserError(f"{path}: there is no such file, nor {found}")
 
 
-def require_same(path, cfg, section, inputs):
-    """Return a checkpoint that was made with this configuration and these inputs, or UserError.
+def require_same(path, saved, cfg, section, inputs):
+    """Raise UserError unless a checkpoint was made with this configuration and these inputs.
 
     inputs: file name -> digest. Of the stages' sections (with `steps`), only `section` counts.
     """
-    saved, changes = load_tensors(path), []
     old, digests = saved.get("config", {}), saved.get("inputs", {})
-    for key, value in plain(cfg).items():
-        of_another_stage = isinstance(value, dict) and "steps" in value and key != section
-        if key not in FREE_KEYS and not of_another_stage and old.get(key) != value:
-            changes.append(f"another {key}: {config.shown.repr(old.get(key))} instead of {value}")
-    others = [name for name, digest in inputs.items() if digests.get(name) != digest]
-    changes += [f"another {name} than the one that is there now" for name in others]
+    old, new = flat(old), flat(cfg)
+    changes = []
+    for key, value in new.items():
+        top = key.partition(".")[0]
+        of_another_stage = f"{top}.steps" in new and top != section
+        if top not in FREE_KEYS and not of_another_stage and old.get(key, value) != value:
+            changes.append(f"another {key}: {one_line(repr(old[key]))} instead of {value}")
+    for name, digest in inputs.items():
+        if digests.get(name) != digest:
+            changes.append(f"another {name} than the one that is there now")
     if changes:
         raise UserError(f"{path}: was made with {changes[0]}; give --force or another name=...")
-    return saved
 
 
 def lock(folder, stage):
@@ -119,24 +95,14 @@ def lock(folder, stage):
     if folder in locks:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / ".lock"
     try:
-        locks[folder] = filelock.FileLock(file).acquire(blocking=False).lock
+        locks[folder] = filelock.FileLock(folder / ".lock").acquire(blocking=False).lock
     except filelock.Timeout as error:
-        text = "" if os.name == "nt" else file.read_text(encoding="utf-8", errors="replace")
-        owner = text or "another process"
-        raise UserError(f"{folder}: {owner} is at work here; wait, or set name=...") from error
-    if os.name != "nt":  # Windows refuses every other handle on a locked file
-        file.write_text(f"process {os.getpid()} on {platform.node()} ({stage})", encoding="utf-8")
+        fault = "another process is at work here"
+        raise UserError(f"{folder}: {fault}; wait until it ends, or set name=...") from error
 
 
 def unlock_all():
-    """Release all locks; remove a folder in which nothing else was written."""
+    """Release all locks of this process."""
     while locks:
-        folder, held = locks.popitem()
-        held.release()
-        if [path.name for path in folder.glob("*")] == [".lock"]:
-            (folder / ".lock").unlink()
-            with contextlib.suppress(OSError):  # other runs may be in it
-                folder.rmdir()
-                folder.parent.rmdir()
+        locks.popitem()[1].release()

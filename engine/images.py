@@ -5,11 +5,7 @@ pixel is ignored. Colours are a dict: class name -> (r, g, b), in the order of t
 """
 
 import contextlib
-import ctypes
 import io
-import re
-import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -21,45 +17,18 @@ from engine.config import UserError
 from engine.files import write_atomically
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-RAW = re.compile(rb"P6\s(\d{1,5})\s(\d{1,5})\s255\s")  # a PPM: width, height; no overflow
 JPEG = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, 0x111111]  # 4:4:4
 # IMWRITE_PNG_FILTER, ..._NONE, unknown to OpenCV 4.11: labels decode in a third of the time
 UNFILTERED = [19, 8]
 # The only threads beside the main one that use OpenCV. They are never ended: an ending thread holds
 # a lock of OpenCV, for which a DataLoader worker that is forked in that moment waits for ever.
 threads = ThreadPoolExecutor(4)
-# 0: silent, for its errors are raised here; OpenCV 4 has the function elsewhere
-(cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel)(0)
 Image.MAX_IMAGE_PIXELS = 2**29  # Pillow refuses twice as many, which is OpenCV's limit
-_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-_gate, _reports = threading.Lock(), None
-if hasattr(_libc, "gnu_get_libc_version"):
-    # libjpeg tells of damage nowhere but on C's `stderr`, which is memory from here on: longer than
-    # what will be written, so that it stays in place. Python's stderr and descriptor 2 are as ever.
-    _text, _size = ctypes.c_void_p(), ctypes.c_size_t()
-    _libc.open_memstream.restype = ctypes.c_void_p
-    _reports = ctypes.c_void_p.in_dll(_libc, "stderr")
-    _reports.value = _libc.open_memstream(ctypes.byref(_text), ctypes.byref(_size))
-    _libc.fputs(b" " * 2**20, _reports)
-
-
-def keep_freed_memory():
-    """Make glibc reuse the memory of the last image: new pages take a tenth of a sample's time."""
-    if hasattr(_libc, "mallopt"):
-        _libc.mallopt(-1, 2**28)  # M_TRIM_THRESHOLD
-        _libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its largest
 
 
 def read_image(path):
-    """Return an image file as RGB uint8 (H, W, 3), not turned by EXIF. Raises UserError.
-
-    Raw pixels (PPM) are mapped into memory: what a crop leaves out is never read from the disk.
-    """
-    image = _map(path) if Path(path).suffix == ".ppm" and Path(path).is_file() else None
-    if image is None:
-        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-        image = _decode(path, _read(path), flags)
-    return image
+    """Return an image file as RGB uint8 (H, W, 3), not turned by EXIF. Raises UserError."""
+    return _decode(path, _read(path), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
 
 
 def read_label(path, red_only=False):
@@ -85,57 +54,29 @@ def read_label(path, red_only=False):
     return values
 
 
-def _map(path):
-    """Return the pixels of a PPM, mapped into memory; None where it must be read and judged."""
-    with contextlib.suppress(OSError, ValueError), Path(path).open("rb") as file:
-        if header := RAW.match(file.read(64)):
-            shape = int(header[2]), int(header[1]), 3
-            if min(shape[:2]) >= 8:
-                return np.memmap(file, np.uint8, "c", header.end(), shape)
-    return None
-
-
 def _read(path):
     try:
-        if not Path(path).is_file() and Path(path).exists():  # a pipe would be waited for
-            raise UserError(f"{path}: is no regular file; remove it")
-        data = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); restore it") from error
-    cut_png = data.startswith(PNG_SIGNATURE) and b"IEND" not in data[-64:]
-    cut_jpeg = data.startswith(b"\xff\xd8") and b"\xff\xd9" not in data[-65536:]
-    if cut_png or cut_jpeg or not data:
-        raise UserError(f"{path}: is empty or cut short; restore the file or remove it")
-    return data
 
 
 def _decode(path, data, flags=None):
-    """Decode with OpenCV or, without its flags, with Pillow."""
+    """Decode with OpenCV or, without its flags, with Pillow. Raises UserError."""
     try:
         if flags is None:
-            return np.array(Image.open(io.BytesIO(data)))
-        image, guessed = _imdecode(data, flags)
-        if guessed:  # or another thread's: they wait here, at most 4
-            with _gate:
-                guessed = all(_imdecode(data, flags)[1] for _ in range(6))
+            image = np.array(Image.open(io.BytesIO(data)))
+        else:
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except Exception:  # cv2.error; Pillow raises a dozen types, depending on the damage
-        image, guessed = None, False
-    if image is None or guessed:
-        fault = "is damaged inside" if guessed else "is broken, too large, or not an image"
+        image = None
+    if image is None:
+        fault = "is broken, empty, too large, or not an image"
         raise UserError(f"{path}: {fault}; restore the file or remove it")
     if min(image.shape[:2]) < 8:
         fault = "is {1}x{0} pixels, too few for a network".format(*image.shape)
         raise UserError(f"{path}: {fault}; remove it")
     return image
-
-
-def _imdecode(data, flags):
-    """Return OpenCV's image or None, and whether libjpeg told of damage meanwhile."""
-    before = _libc.ftell(_reports) if _reports else 0
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    if not _reports or _libc.ftell(_reports) == before or _libc.fflush(_reports):
-        return image, False
-    return image, b"Corrupt JPEG" in ctypes.string_at(_text.value + before)
 
 
 def write_image(path, image):

@@ -1,21 +1,24 @@
-"""The loop over the steps of a stage: logs, saves and stops between steps."""
+"""One stage at work in the folder of its run: what it resumes, its steps, log and checkpoints."""
 
+import functools
+import hashlib
 import json
-import math
-import time
+import signal
+from pathlib import Path
 
+import cv2
+import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
+import yaml
 
-from engine import processes, signals
-from engine.config import UserError
-from engine.device import memory_gb
-from engine.images import paint, resize, write_image
+from engine import device, files, processes
+from engine.command import Stopped
+from engine.config import UserError, one_line, plain
+from engine.log import Figures
 from engine.processes import rank, world
 
 
-def part_size(cfg, section):
+def micro_batch_size(cfg, section):
     """Return how many images each of a step's world x accumulate parts has. Raises UserError."""
     batch, parts = cfg[section].batch, world() * cfg.accumulate
     if sum(batch) % parts:
@@ -25,141 +28,194 @@ def part_size(cfg, section):
     return sum(batch) // parts
 
 
-def progress(*args, **options):
-    """Return tqdm's progress bar; it is shown by rank 0, and on a terminal only."""
-    return tqdm(*args, disable=rank() > 0 or None, **options)
+class Run:
+    """A stage, which leaves `{stage}.pth` in output/name; section: the key of its part of cfg."""
 
+    def __init__(self, cfg, stage, section):
+        self.cfg, self.stage, self.section = cfg, stage, section
+        self.folder = Path(cfg.output) / cfg.name
+        self.result = self.folder / f"{stage}.pth"
+        self.unfinished = self.folder / f"{stage}.unfinished.pth"
+        self.device, self.dtype = device.choose(cfg.device, cfg.precision)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.figures = Figures(self.folder, stage, self.device)
+        self.networks = []  # whose gradients are averaged over processes
+        self.inputs = {}  # file name -> digest; rank 0 alone reads and saves them
+        self.force, self.resumes = False, True  # whether --force was given; whether it is resumed
+        self.first, self.total = 0, 0  # the steps that were done before, and all of them
+        self.state = {}  # name -> what a checkpoint holds
+        self.done, self.shows = 0, False  # steps with this one; whether it shows pictures
+        torch.backends.cudnn.benchmark = True
+        torch.manual_seed(cfg.seed)
+        cv2.setNumThreads(1)
 
-def write_log(folder, stage, **figures):
-    """Append a line to the run's log.jsonl, in rank 0."""
-    if rank() == 0:
-        with (folder / "log.jsonl").open("ab+") as file:
-            file.seek(max(file.tell() - 1, 0))
-            if file.read() not in (b"", b"\n"):  # a full disk or a crash has left half a line
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
-            file.write((json.dumps({"stage": stage, **figures}) + "\n").encode())
+    # ------------------------------------------------------------ networks
 
+    def autocast(self):
+        """Return a context in which networks compute in the run's precision."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-class Loop:
-    """The steps of a stage; figures are collected on the device, without waiting for it.
+    def place(self, module):
+        """Return the module on the device, in channels-last; GPUs share their batch norm."""
+        if self.device.type == "cuda":
+            module = processes.synchronise_batchnorm(module)
+        return module.to(self.device, memory_format=torch.channels_last)
 
-    They are written to the bar or stdout, TensorBoard and log.jsonl. overall: name -> [numerator,
-    denominator] since the stage began.
-    """
+    def fetch(self, batch):
+        """Return what a loader yields, on the device."""
+        return device.fetch(batch, self.device)
 
-    def __init__(self, folder, stage, device):
-        self.folder, self.stage, self.device = folder, stage, device
-        self.recent, self.overall, self.began = {}, {}, time.perf_counter()
+    def compiled(self, network):
+        """Return the network, whose calls are compiled if cfg.compile is true."""
+        if self.cfg.compile:
+            network.compile()
+        return network
 
-    def seconds(self):
-        """Return the time since the stage began, that before a resumption included."""
-        return round(time.perf_counter() - self.began, 1)
+    def parallel(self, network):
+        """Return the network to train: compiled; its gradients are averaged over processes."""
+        network = processes.parallel(self.compiled(network))
+        self.networks.append(network)
+        return network
 
-    def steps(self, cfg, first, total, images, save):
-        """Yield each step from `first` to `total`, of `images` images each.
+    # ------------------------------------------------------------ files
 
-        After a step: write figures at cfg.log_every, call save(step) at cfg.save_every, and after a
-        signal do both and raise Stopped, in all processes alike.
+    def is_finished(self, force, inputs=()):
+        """Lock the run's folder; return whether the stage's result is there. Raises UserError.
+
+        inputs: files of earlier stages. force: make a result that replaces it once it is finished.
         """
-        received = 0
+        self.force, look = force, functools.partial(self._look, force, inputs)
+        finished, self.resumes = processes.decided_by_first(look)
+        return finished
 
-        def note(number, _):
-            nonlocal received
-            # A second signal comes from an impatient user; of several processes, from torchrun.
-            if received and world() == 1:
-                signals.stop(number, None)
-            received = number
+    def _look(self, force, inputs):
+        """Return whether the stage is finished, and whether its unfinished checkpoint counts."""
+        files.lock(self.folder, self.stage)
+        for path in filter(Path.is_file, map(Path, inputs)):
+            self.inputs[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        finished = self.result.exists() and not force
+        path = self.result if finished else self.unfinished
+        if not path.exists():
+            return False, False
+        saved = files.load_tensors(path)
+        if force and not saved.get("forced"):
+            return False, False
+        files.require_same(path, saved, self.cfg, self.section, self.inputs)
+        if finished:
+            print(f"{self.stage}: {path} is finished; --force makes it anew")
+        return finished, True
 
-        handlers = signals.handle(note, note)
-        options = {"unit": "img", "desc": self.stage, "dynamic_ncols": True}
+    def resume(self, **state):
+        """Load the unfinished checkpoint into `state`; return whether there was one.
+
+        state: name -> what has a state_dict; later checkpoints hold it. Raises UserError.
+        """
+        self.state = state | {"scaler": self.scaler}
+        if not self.resumes or not self.unfinished.exists():
+            return False
+        saved = files.load_tensors(self.unfinished)
+        try:
+            for name, part in self.state.items():
+                part.load_state_dict(saved[name])
+            self.figures.overall = saved["overall"]
+            self.figures.began -= saved["seconds"]
+            self.first = saved["step"]
+        except (LookupError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+            fault = f"does not fit this version of the code, or this device ({one_line(error)})"
+            raise UserError(f"{self.unfinished}: {fault}; remove it to begin anew") from error
+        return True
+
+    def save(self, path, step, state, **more):
+        """Write a checkpoint of `state` after `step` steps, and `more`, in rank 0."""
         if rank() == 0:
-            self.writer = SummaryWriter(self.folder / "tensorboard" / self.stage, purge_step=first)
-        with progress(total=total * images, initial=first * images, **options) as self.bar:
-            self.written, self.started = first, time.perf_counter()
-            for step in range(first, total):
-                yield step
-                self.bar.update(images)
-                done, stop = step + 1, processes.max_over_processes(received)
-                saves = stop or (done % cfg.save_every == 0 and done < total)
-                if done % cfg.log_every == 0 or saves or done == total:
-                    self.write(done, total, images)
+            saved = {name: part.state_dict() for name, part in state.items()}
+            saved |= {"stage": self.stage, "step": step, "config": plain(self.cfg)}
+            saved |= {"inputs": self.inputs, **more}
+            files.write_atomically(path, lambda temporary: torch.save(saved, temporary))
+
+    def save_unfinished(self, step):
+        """Write the checkpoint that the stage resumes from."""
+        more = {"overall": self.figures.overall, "seconds": self.figures.seconds()}
+        self.save(self.unfinished, step, self.state, forced=self.force, **more)
+
+    def finish(self, **state):
+        """Write the stage's result and remove its unfinished checkpoint."""
+        self.save(self.result, self.total, state)
+        processes.barrier()
+        if rank() == 0:
+            self.unfinished.unlink(missing_ok=True)
+        self.figures.finish(self.result)
+
+    # ------------------------------------------------------------ steps
+
+    def steps(self, batches, total):
+        """Yield (step, parts) for each step up to `total`; log, save and stop between steps.
+
+        parts: this process's micro-batches, on the device; torch is seeded before each. After
+        SIGINT or SIGTERM in any process, save after the step and raise Stopped.
+        """
+        self.total, received = total, []
+        numbers = signal.SIGINT, signal.SIGTERM
+        handlers = [signal.signal(n, lambda number, _: received.append(number)) for n in numbers]
+        images = batches.batch_size * world() * self.cfg.accumulate
+        self._describe()
+        self.figures.start(self.first, total, images)
+        batches = iter(batches)
+        try:
+            for step in range(self.first, total):
+                done = self.done = step + 1
+                shows = done % self.cfg.pictures_every == 0 or done == total
+                self.shows = shows and rank() == 0
+                self._seed(step, 0)
+                yield step, self._parts(step, batches)
+                stop = processes.max_over_processes(received[0] if received else 0)
+                saves = stop or (done % self.cfg.save_every == 0 and done < total)
+                self.figures.advance(done, saves or done % self.cfg.log_every == 0)
                 if saves:
-                    save(done)
+                    self.save_unfinished(done)
                 if stop:
                     processes.barrier()  # torchrun stops all processes once one has ended
-                    raise signals.Stopped(stop)
-        signals.handle(*handlers)
+                    raise Stopped(stop)
+        finally:
+            for number, handler in zip(numbers, handlers, strict=True):
+                signal.signal(number, handler)
+
+    def _parts(self, step, batches):
+        for k in range(self.cfg.accumulate):
+            self._seed(step, k * world() + rank())
+            is_last = k + 1 == self.cfg.accumulate
+            with processes.accumulating([] if is_last else self.networks):
+                yield self.fetch(next(batches))
+
+    def _seed(self, step, place):
+        """Seed torch by (seed, stage, step, place of the part in the batch) alone."""
+        sequence = np.random.SeedSequence([self.cfg.seed, *self.stage.encode(), step])
+        torch.manual_seed(int(sequence.generate_state(place + 1)[place]))
+
+    def _describe(self):
+        """Write config.yaml, as resolved, and environment.json into the folder, in rank 0."""
         if rank() == 0:
-            self.writer.close()
-        if received:  # by this process alone, after the last step
-            raise signals.Stopped(received)
+            environment = json.dumps(device.environment(self.device), indent=1)
+            files.write_text(self.folder / "environment.json", environment + "\n")
+            config = yaml.safe_dump(plain(self.cfg), sort_keys=False)
+            files.write_text(self.folder / "config.yaml", config)
 
-    def add(self, **figures):
-        """Add scalars, to be averaged, or ratios as pairs (numerator, denominator)."""
-        for name, figure in figures.items():
-            above, below = figure if isinstance(figure, tuple) else (figure, 1)
-            total = self.recent.setdefault(name, [0, 0])
-            total[0] += above.detach() if isinstance(above, torch.Tensor) else above
-            total[1] += below
+    def backward(self, loss):
+        """Add the gradients of a micro-batch's loss."""
+        self.scaler.scale(loss / self.cfg.accumulate).backward()
 
-    def write(self, step, total, images):
-        """Write the means since the last call, unless one is not finite: raises UserError then."""
-        parts = [part for pair in self.recent.values() for part in pair]
-        sums = [torch.as_tensor(part, dtype=torch.float64, device=self.device) for part in parts]
-        sums = processes.sum_over_processes(torch.stack(sums)).view(-1, 2).tolist()
-        sums, self.recent = dict(zip(self.recent, sums, strict=True)), {}
-        figures, done = _means(sums), step - self.written
-        for name, value in figures.items():
-            if not math.isfinite(value):
-                fault = f"{name} became {value} in the {done} steps before step {step}"
-                remedy = "lower optimizer.lr_backbone and lr_head, or use precision=fp32"
-                raise UserError(f"{self.stage}: {fault}; the last checkpoint is kept; {remedy}")
-        for name, (above, below) in sums.items():
-            old = self.overall.get(name, [0, 0])
-            self.overall[name] = [old[0] + above, old[1] + below]
-            if rank() == 0:
-                self.writer.add_scalar(f"{self.stage}/{name}", figures[name], step)
-        rate = done * images / (time.perf_counter() - self.started)
-        self.written, self.started = step, time.perf_counter()
-        text, left = _in_words(figures), (total - step) * images / rate / 60
-        self.bar.set_postfix_str(text)
-        if self.bar.disable:
-            line = f"{self.stage} {step}/{total}  {text}  {rate:.1f} img/s  {left:.1f} min left"
-            print(line, flush=True)
-        more = {"images_per_second": round(rate, 2), "memory_gb": memory_gb(self.device)}
-        write_log(self.folder, self.stage, step=step, **_rounded(figures), **more)
+    def update(self, *optimizers):
+        """Take the step of each optimizer with the gradients that were added."""
+        self.log(lr=optimizers[0].param_groups[0]["lr"])
+        for optimizer in optimizers:
+            self.scaler.step(optimizer)
+            optimizer.zero_grad()
+        self.scaler.update()
 
-    def finish(self, steps, result):
-        """Write the means over the whole stage."""
-        means = _rounded(_means(self.overall))
-        write_log(self.folder, self.stage, finished=steps, **means, seconds=self.seconds())
-        print(f"{self.stage}: wrote {result}  {_in_words(means)}")
+    def log(self, **figures):
+        """Log scalars, or ratios as pairs (numerator, denominator)."""
+        self.figures.add(**figures)
 
-    def show(self, step, colours, pictures):
-        """Write the first of each batch to TensorBoard and to samples/STAGE/NAME.png.
-
-        pictures: name -> images (B, 3, H, W) in [0, 1], label maps (B, h, w), or None (left out).
-        """
-        first = {name: batch[0].cpu() for name, batch in pictures.items() if batch is not None}
-        size = next(picture.shape[1:] for picture in first.values() if picture.dim() == 3)
-        for name, picture in first.items():
-            if picture.dim() == 3:
-                picture = picture.float().mul(255).round().clamp(0, 255).byte()
-                picture = picture.permute(1, 2, 0).numpy()
-            else:
-                picture = paint(resize(picture.byte().numpy(), size, labels=True), colours)
-            self.writer.add_image(f"{self.stage}/{name}", picture, step, dataformats="HWC")
-            write_image(self.folder / "samples" / self.stage / f"{name}.png", picture)
-
-
-def _means(sums):
-    return {name: above / max(below, 1e-12) for name, (above, below) in sums.items()}
-
-
-def _rounded(figures):
-    return {name: float(f"{value:.6g}") for name, value in figures.items()}
-
-
-def _in_words(figures):
-    return "  ".join(f"{name} {value:.3g}" for name, value in figures.items())
+    def show(self, colours, **pictures):
+        """Show sample pictures; call it where `shows` is set. See Figures.show."""
+        self.figures.show(self.done, colours, pictures)

@@ -7,6 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 import pytest
 from conftest import CLASSES, IDS, SIZE, paletted_png, picture, save
+from engine.run import Run
 
 import datasets
 from datasets import Crops, Images, Whole
@@ -15,7 +16,6 @@ from engine.config import UserError
 from engine.folders import Aligned, list_images
 from engine.images import image_writer, read_image, read_label, resize, write_image
 from engine.processes import loader_workers
-from engine.run import Run
 
 
 def as_classes(label):

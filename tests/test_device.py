@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, save
+from engine.run import Run
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -32,7 +33,6 @@ import metrics
 import selftrain
 import warmup
 from engine.config import Config
-from engine.run import Run
 from settings import classes, load_config
 
 pytestmark = [

@@ -8,6 +8,7 @@ import functools
 import pytest
 import torch
 from conftest import ROOT
+from engine.run import Run
 from torch import nn
 
 import augment
@@ -15,7 +16,6 @@ import losses
 import metrics
 import models
 from datasets import Images, Whole
-from engine.run import Run
 from settings import load_config
 from tools import timed
 from translate_cyclegan import Generator

@@ -5,11 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, save
+from engine.run import Run
 from torch.utils.data import Subset
 
 from datasets import Whole
 from engine.folders import Folder
-from engine.run import Run
 from evaluate import advice
 from metrics import ConfusionMatrix, agreement
 from models import build_segmenter

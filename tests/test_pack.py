@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import yaml
 from conftest import ok, paletted_png, picture, save
+from engine.signals import Stopped
 from test_datasets import crops, equal_samples
 
 from datasets import Crops, Images
 from engine.images import read_image, read_label, resize
-from engine.signals import Stopped
 from settings import load_config
 from tools import pack
 

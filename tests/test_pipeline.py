@@ -30,6 +30,8 @@ from conftest import (
     save,
     state,
 )
+from engine.run import Run
+from engine.signals import Stopped
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate
@@ -40,8 +42,6 @@ from datasets import Crops, Images
 from engine import device as devices
 from engine.command import command
 from engine.images import read_image, read_label, write_image
-from engine.run import Run
-from engine.signals import Stopped
 from settings import load_config
 from tools import bench, gpu_hour, make_demo_data
 from translate_cyclegan import Generator

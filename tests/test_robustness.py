@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from conftest import CLASSES, ROOT, Command, picture, save, state
+from engine.run import Run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +23,6 @@ from datasets import Images
 from engine import files
 from engine.config import Config, UserError
 from engine.images import read_image, resize
-from engine.run import Run
 from settings import SCHEMA, load_config
 
 LONG = bool(os.environ.get("LONG"))

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from engine.run import Run
+from engine.signals import Stopped
 
 import augment
 import losses
 import models
 from datasets import Crops, Images
 from engine.images import read_image, read_label
-from engine.run import Run
-from engine.signals import Stopped
 
 pytestmark = pytest.mark.core
 IGNORED = 255

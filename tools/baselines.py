@@ -1,14 +1,16 @@
 """The methods that DiGA is compared with: same networks, data path, checkpoints and evaluation.
 
-python -m tools.baselines --cfg my.yaml --method dacs      # or source, daformer, mic
+python -m tools.baselines --cfg my.yaml --method dacs
 python evaluate.py --cfg my.yaml --weights dacs.pth
 
-source: cross-entropy on strong views of the source. dacs (Tranheden et al., WACV 2021): labels of a
-moving teacher on target images, class mixing, weighted by the share of confident pixels. daformer
-(Hoyer et al., CVPR 2022): rare-class sampling on top, without the feature distance to ImageNet. mic
-(Hoyer et al., CVPR 2023): masked consistency on top. Steps are those of all of DiGA's stages
-together, warmup.steps + selftrain.rounds x selftrain.steps, with the batch of selftrain. Leaves
-runs/NAME/METHOD.pth.
+source_only: cross-entropy on the source. oracle: the same on the target, with its labels. Both have
+the steps and the batch of the warm-up; they frame a result.
+
+source_strong: cross-entropy on strong views of the source. dacs (Tranheden et al., WACV 2021):
+labels of a moving teacher on target images, class mixing, weighted by the share of confident
+pixels. daformer (Hoyer et al., CVPR 2022): rare-class sampling on top, without the feature distance
+to ImageNet. mic (Hoyer et al., CVPR 2023): masked consistency on top. These have the batch of
+self-training and the steps of all of DiGA's stages together. Leaves runs/NAME/METHOD.pth.
 """
 
 import math
@@ -16,23 +18,24 @@ import math
 import torch
 from torch.utils.data import StackDataset
 
-from augment import FOR_STRONG, class_mix, mix, strong_view
+from augment import class_mix, strong_view
 from datasets import Crops, Images, RecalibrationImages, loader
 from engine.command import arguments, command
-from engine.loop import part_size
-from engine.run import Run
-from losses import confident_share, probability_labels, supervised_loss
+from engine.loop import Run, micro_batch_size
+from losses import confident_share, ohem_loss, probability_labels, supervised_loss
+from metrics import finish, validate
 from models import (
     build_optimizer,
     build_segmenter,
     ema_update,
     make_teacher,
-    recalibrate_batchnorm,
+    require_sizes,
     set_learning_rate,
 )
 from settings import classes, load_config
 
-METHODS = ("source", "dacs", "daformer", "mic")  # each adds to the one before
+PLAIN = ("source_only", "oracle")  # no strong views, no target
+ADAPTING = ("dacs", "daformer", "mic")  # each adds to the one before
 TEMPERATURE = 0.1  # of rare-class sampling; DAFormer has 0.01 for the 19 classes of GTA5
 MASKED = 0.7  # share of the blocks that are hidden (MIC)
 STRONG = 1.0  # beta: the augmented image is not blended with the image
@@ -40,78 +43,90 @@ STRONG = 1.0  # beta: the augmented image is not blended with the image
 
 def main():
     parser = arguments(__doc__)
-    parser.add_argument("--method", choices=METHODS, required=True)
+    methods = (*PLAIN, "source_strong", *ADAPTING)
+    parser.add_argument("--method", choices=methods, required=True)
     parser.add_argument("--force", action="store_true", help="replace an earlier result")
     args = parser.parse_intermixed_args()
-    run = Run(load_config(args.cfg, args.overrides), args.method, "selftrain")
+    cfg = load_config(args.cfg, args.overrides)
+    run = Run(cfg, args.method, "warmup" if args.method in PLAIN else "selftrain")
     if not run.is_finished(args.force):
-        train(run, METHODS.index(args.method))
+        train(run, args.method)
 
 
-def train(run, level):
-    cfg, batch = run.cfg, run.cfg.selftrain.batch
-    total = cfg.warmup.steps + cfg.selftrain.rounds * cfg.selftrain.steps
+def train(run, method):
+    cfg, options, names = run.cfg, run.cfg[run.section], classes(run.cfg)
+    n, batch, total = micro_batch_size(cfg, run.section), options.batch, options.steps
+    adapts, rare = method in ADAPTING, 0
+    if method not in PLAIN:
+        total = cfg.warmup.steps + cfg.selftrain.rounds * cfg.selftrain.steps
 
     # data
-    source, size = Images(cfg, "source", labelled=True), part_size(cfg, "selftrain")
-    rare = TEMPERATURE if level >= 2 else 0
-    crops = {"source": Crops(cfg, run.stage, "source", source, batch, total, rare=rare)}
-    if level >= 1:
-        target = Images(cfg, "target", labelled=False)
-        crops["target"] = Crops(cfg, run.stage, "target", target, batch, total)
-    recalibration = RecalibrationImages(run, batch)
+    domain = "target" if method == "oracle" else "source"
+    labelled = Images(cfg, domain, labelled=True)
+    if method in PLAIN:
+        rare = cfg.rare_classes
+    elif method in ADAPTING[1:]:
+        rare = TEMPERATURE
+    images, domains = {domain: labelled}, [domain] if method in PLAIN else cfg.bn_recalibrate
+    crops = {"labelled": Crops(cfg, run.stage, domain, labelled, batch, total, rare=rare)}
+    if adapts:
+        images["target"] = Images(cfg, "target", labelled=False)
+        crops["target"] = Crops(cfg, run.stage, "target", images["target"], batch, total)
+    recalibration = RecalibrationImages(run, batch, domains, **images)
+    val = Images(cfg, "val", labelled=True) if cfg.val_every else None
 
     # student, teacher, optimizer
-    student = run.place(build_segmenter(num_classes=len(classes(cfg)), **cfg.model))
+    student = build_segmenter(num_classes=len(names), **cfg.model)
+    student = run.place(require_sizes(student, cfg, n))
     teacher = make_teacher(student)
-    optimizer = build_optimizer(student, **cfg.optimizer)
-    state = {"student": student, "teacher": teacher, "optimizer": optimizer, "scaler": run.scaler}
-    first = run.resume(state) or 0
+    optimizer = build_optimizer(student, cfg.optimizer)
+    run.resume(student=student, teacher=teacher, optimizer=optimizer)
 
     # training
-    run.describe()
     network, teacher_network = run.parallel(student), run.compiled(teacher)
-    crops = loader(run, StackDataset(**crops), first * sum(batch), size)
-    for step, parts in run.steps(crops, first, total, state):
-        set_learning_rate(optimizer, step, total, **cfg.optimizer)
+    supervised = {"ce": supervised_loss, "ohem": ohem_loss}[cfg.supervised]
+    batches = loader(run, StackDataset(**crops), run.first * sum(batch), n)
+    for step, parts in run.steps(batches, total):
+        set_learning_rate(optimizer, step, total, cfg.optimizer)
         ema_update(teacher, student, step, cfg.ema_limit)
         for part in parts:
-            x_s, y_s, draws = (part["source"][key] for key in ("image", "label", "draws"))
-            views = [x_s if level else strong_view(x_s, draws[:, FOR_STRONG], STRONG)]
-            if level >= 1:
+            x_s, y_s, draws = (part["labelled"][key] for key in ("image", "label", "draws"))
+            views = [strong_view(x_s, draws, STRONG) if method == "source_strong" else x_s]
+            if adapts:
                 x_t, target_draws = part["target"]["image"], part["target"]["draws"]
                 with torch.no_grad(), run.autocast():
                     teacher_logits, _, _ = teacher_network(x_t)
                 y_t = probability_labels([teacher_logits], x_t.shape[-2:])
-                weight = confident_share(teacher_logits, x_t.shape[-2:])
-                weight = weight[:, None, None].expand(y_t.shape)
-                both = draws, target_draws
-                x_mix, y_mix, mask = class_mix(x_s, y_s, x_t, y_t, both, STRONG)
-                w_mix = mix(mask, torch.ones_like(weight), weight)
+                w_t = confident_share(teacher_logits, x_t.shape[-2:])
+                w_t = w_t[:, None, None].expand(y_t.shape)
+                pair = (x_s, y_s, draws), (x_t, y_t, w_t, target_draws)
+                x_mix, y_mix, w_mix = class_mix(*pair, STRONG)
                 views.append(x_mix)
-            if level >= 3:
-                strong = strong_view(x_t, target_draws[:, FOR_STRONG], STRONG)
+                run.log(confident=w_t.mean())
+            if method == "mic":
+                strong = strong_view(x_t, target_draws, STRONG)
                 views.append(masked_view(strong, MASKED, student.mean))
 
             with run.autocast():
-                logits = network(torch.cat(views))[0].split(size)
-            loss = supervised_loss(logits[0], y_s)
-            if level >= 1:
-                loss = loss + supervised_loss(logits[1], y_mix, w_mix)
-                run.log(confident=weight.mean())
-            if level >= 3:
-                loss = loss + supervised_loss(logits[2], y_t, weight)
-            run.scaler.scale(loss / cfg.accumulate).backward()
-            run.log(loss=loss, lr=optimizer.param_groups[0]["lr"])
+                logits, _, auxiliary = network(torch.cat(views))
+            z_s, *others = logits.split(n)
+            loss = supervised(z_s, y_s)
+            if auxiliary is not None:
+                loss = loss + cfg.model.auxiliary * supervised(auxiliary[:n], y_s)
+            if adapts:
+                loss = loss + supervised(others[0], y_mix, w_mix)
+            if method == "mic":
+                loss = loss + supervised(others[1], y_t, w_t)
+            run.backward(loss)
+            run.log(loss=loss)
 
-        run.scaler.step(optimizer)
-        run.scaler.update()
-        optimizer.zero_grad()
+        run.update(optimizer)
+        if run.shows:
+            pictures = {"image": x_s, "labels": y_s, "prediction": logits.argmax(1)}
+            run.show(names, **pictures)
+        validate(run, val, recalibration, student, teacher)
 
-    with run.autocast():
-        recalibrate_batchnorm(student, recalibration)
-        recalibrate_batchnorm(teacher, recalibration)
-    run.finish(total, {"student": student, "teacher": teacher})
+    finish(run, recalibration, student, teacher)
 
 
 def masked_view(images, share, colour):

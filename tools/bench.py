@@ -6,8 +6,6 @@
 Both sides of a ratio take turns in one process. Prints the medians and writes them to bench.json.
 """
 
-from engine.command import arguments, command  # isort: skip  (first: it answers Ctrl-C)
-
 import functools
 import json
 import multiprocessing
@@ -20,6 +18,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from engine.run import Run
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
@@ -27,12 +26,12 @@ import selftrain
 import translate_cyclegan
 import warmup
 from datasets import Crops, Images, Whole, translated_images
+from engine.command import arguments, command
 from engine.config import UserError, plain
 from engine.device import environment, memory_gb
 from engine.files import write_text
 from engine.folders import Aligned
 from engine.images import keep_freed_memory, read_label
-from engine.run import Run
 from losses import Centroids, upsample
 from metrics import at_scales, predictions
 from models import ema_update, load_segmenter, make_teacher

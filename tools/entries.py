@@ -8,13 +8,11 @@ A table stands below a line `<!-- entries: NAME ... -->`, with a column for each
 how well agreement between scales ranks the networks of each.
 """
 
-from engine.command import Parser, command  # isort: skip  (first: it answers Ctrl-C)
-
-import argparse
 import itertools
 import re
 from pathlib import Path
 
+from engine.command import Parser, command
 from engine.config import UserError
 from engine.files import write_text
 from tools.report import REFERENCES, gap_closed, read_run
@@ -25,7 +23,7 @@ PAGES = ("README.md", "docs/results.md")
 MARK = re.compile(r"(<!-- entries: (.+) -->\n)(?:\n?\|.*\n)*")
 WORDS = {
     "source_only": "source only: trained on the source's labels alone",
-    "source": "source only, on strong views",
+    "source_strong": "source only, on strong views",
     "dacs": "DACS",
     "daformer": "DAFormer",
     "mic": "MIC",
@@ -39,7 +37,7 @@ COLUMNS += ("oracle", "closed", "hours", "commit")
 
 
 def main():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="the folder of a finished run")
     for folder in map(Path, parser.parse_args().runs):
         read_run(folder)  # is it complete?

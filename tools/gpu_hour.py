@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 import torch
+from engine.run import Run
 from torch import nn
 
 from engine import signals
@@ -30,7 +31,6 @@ from engine.command import command
 from engine.config import UserError
 from engine.device import MEASURED, environment
 from engine.files import write_text
-from engine.run import Run
 from losses import probability_labels
 from metrics import sliding_window
 from models import build_segmenter

@@ -8,8 +8,6 @@ appearance: palette, texture, light, haze, blur, noise, vignetting.
 Every file is a pure function of (seed, split, number).
 """
 
-from engine.command import arguments, command  # isort: skip  (first: it answers Ctrl-C)
-
 import signal
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -19,6 +17,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from engine.command import arguments, command
 from engine.files import write_text
 from engine.images import write_image
 from settings import CITYSCAPES, load_config

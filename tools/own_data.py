@@ -6,8 +6,6 @@
 --check reads every image and label, prints sizes and class shares, and draws contact sheets.
 """
 
-from engine.command import arguments, command  # isort: skip  (first: it answers Ctrl-C)
-
 import functools
 import os
 import warnings
@@ -20,10 +18,11 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from datasets import IGNORED, Images
+from engine.command import arguments, command
 from engine.config import UserError, one_line
 from engine.folders import EXTENSIONS, list_images, warn
 from engine.images import paint, read_image, read_label, resize, threads, write_image
-from engine.loop import progress
+from engine.log import progress
 from settings import LAYOUTS, classes, load_config
 from tools.templates import render
 
@@ -46,8 +45,9 @@ def main():
         return
     warnings.simplefilter("ignore")  # Pillow's, about metadata
     cfg = load_config(args.cfg, args.overrides)
-    with_labels = cfg.selftrain.diagnose or cfg.warmup.labels_from == "target"
-    labelled = {"source": True, "target": with_labels} | ({"val": True} if cfg.val.root else {})
+    labelled = {"source": True, "target": cfg.selftrain.diagnose or "oracle" in cfg.stages}
+    if cfg.val.root:
+        labelled["val"] = True
     for domain in (*labelled, *(f"more_val.{name}" for name in cfg.more_val)):
         check(cfg, domain, Images(cfg, domain, labelled.get(domain, True)))
 

@@ -7,8 +7,6 @@ smaller ones keep their size. Images become raw pixels (PPM), labels PNG: nothin
 scaling. The same command goes on where it was stopped. Prints what to write into the configuration.
 """
 
-from engine.command import arguments, command  # isort: skip  (first: it answers Ctrl-C)
-
 import functools
 import shutil
 from pathlib import Path
@@ -18,10 +16,10 @@ import yaml
 from PIL import Image
 
 from datasets import Images
+from engine.command import arguments, command
 from engine.config import UserError
-from engine.files import remove_partial
 from engine.images import read_image, read_label, resize, threads, write_image
-from engine.loop import progress
+from engine.log import progress
 from settings import load_config
 
 IMAGES, LABELS = ".ppm", ".png"  # measured in docs/performance.md
@@ -34,8 +32,7 @@ def main():
     args = parser.parse_intermixed_args()
     cfg = load_config(args.cfg, args.overrides)
     out = args.out or Path(f"data/{cfg.name}_packed")
-    labelled = {"source": True}
-    labelled["target"] = cfg.selftrain.diagnose or cfg.warmup.labels_from == "target"
+    labelled = {"source": True, "target": cfg.selftrain.diagnose or "oracle" in cfg.stages}
     roots = {}
     for domain in labelled:
         # one level more than needed: the labels of the layout `flat` may lie beside the root
@@ -105,7 +102,6 @@ def room_for(images, largest, root):
     there = sum(path.stat().st_size for path in root.rglob("*" + IMAGES))
     try:
         root.mkdir(parents=True, exist_ok=True)
-        remove_partial(root)
     except OSError as error:
         raise UserError(f"{root}: cannot be made ({error.strerror}); set another --out") from error
     free = shutil.disk_usage(root).free

@@ -6,9 +6,6 @@
 Runs that differ in their seed alone share a column of the comparison: mean and spread.
 """
 
-from engine.command import Parser, command  # isort: skip  (first: it answers Ctrl-C)
-
-import argparse
 import base64
 import io
 import json
@@ -21,16 +18,17 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from engine import config
-from engine.config import NULL, TEXT, UserError, either, integer
+from engine.command import Parser, command
+from engine.config import UserError, flat
 from engine.files import FREE_KEYS
-from engine.images import read_image, resize
-from evaluate import STAGES, advice, gallery, read_results, what_to_segment
-from settings import classes, load_config, load_saved
+from engine.images import paint, read_image, resize
+from evaluate import STAGES, advice, read_results, what_to_segment
+from settings import DEFAULTS, WHOLE, classes, load_config, load_saved
 from tools.templates import render
 
 TITLES = {
-    "source_only": "source only", "warmup": "warm-up", "translator": "translation",
+    "source_only": "source only", "source_strong": "source only, strong views",
+    "warmup": "warm-up", "translator": "translation",
     "selftrain_round1": "self-training, round 1", "selftrain": "self-training",
 }  # fmt: skip
 BLANK = {"dataset": "val", "miou": None, "iou": {}, "pixel_accuracy": None, "teacher_miou": None}
@@ -61,7 +59,7 @@ mpl.rcParams.update({
 
 
 def main():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run")
     runs = [read_run(Path(folder)) for folder in parser.parse_args().runs]
     if len(runs) == 1:
@@ -85,38 +83,32 @@ def read_run(folder):
         results[stage] = BLANK | entry | {"iou": entry.get("iou") or {}}
     read = {"results": results, "log": read_log(folder / "log.jsonl"), "environment": {}}
     if environment.is_file():
-        read["environment"] = read_json(environment.read_bytes(), {"device": TEXT}, environment)
+        read["environment"] = read_json(environment.read_bytes(), environment)
     return {"folder": folder, "config": load_saved(config, (), config), **read}
 
 
-def read_json(data, schema, origin):
-    """Return the JSON object in bytes, whose known values fit the schema. Raises UserError."""
+def read_json(data, origin):
+    """Return the JSON object in bytes. Raises UserError."""
     try:
-        return config.check_known(json.loads(data), schema, f"{origin}: is damaged, remove it")
-    except (ValueError, RecursionError) as error:
+        return json.loads(data)
+    except ValueError as error:
         raise UserError(f"{origin}: is damaged, remove it ({error})") from error
 
 
 def read_log(path):
     """Return log.jsonl by stage: (lines of the steps in order, the line that ended it or None)."""
-    log, number = {}, either(config.number(-1e300, 1e300), NULL)
-    schema = {"stage": TEXT, "step": integer(0), "finished": integer(0), "seconds": number}
-    schema |= dict.fromkeys(("loss", "lr", *SHARES, "images_per_second", "memory_gb"), number)
-    data = path.read_bytes() if path.is_file() else b""
-    lines = data.split(b"\n")
-    try:
-        json.loads(lines[-1])
-    except ValueError:  # nothing, or half a line of a process that was killed
-        lines.pop()
-    read = (read_json(line, schema, f"{path}: line {n}") for n, line in enumerate(lines, 1))
-    for line in (x for x in read if "stage" in x):
-        steps, finished = log.get(line["stage"], ([], None))
-        if "finished" in line:
-            finished = line
-        elif {"step", "loss"} <= line.keys():
+    log, data = {}, path.read_bytes() if path.is_file() else b""
+    # the last line is empty, or half a line of a process that was killed
+    for number, line in enumerate(data.split(b"\n")[:-1], 1):
+        entry = read_json(line, f"{path}: line {number}")
+        steps, finished = log.get(entry["stage"], ([], None))
+        if "finished" in entry:
+            finished = entry
+        elif "loss" in entry:
             # a stage that was resumed or repeated writes some of its steps again
-            steps, finished = [*(old for old in steps if old["step"] < line["step"]), line], None
-        log[line["stage"]] = (steps, finished)
+            steps = [*(old for old in steps if old["step"] < entry["step"]), entry]
+            finished = None
+        log[entry["stage"]] = (steps, finished)
     order = ["source_only", "translator", *STAGES, *log]
     return {stage: log[stage] for stage in sorted(log, key=order.index)}
 
@@ -129,15 +121,6 @@ def gap_closed(results, stage):
     return 100 * (here - low) / (high - low)
 
 
-def flat(config, prefix=""):
-    """Return a configuration as key.sub -> value; classes, ids and subsets stay whole."""
-    values = {}
-    for key, value in config.items():
-        nested = isinstance(value, dict) and key not in ("classes", "ids", "subsets")
-        values |= flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
-    return values
-
-
 def about(run):
     """Return the template's values for one run."""
     config, log = run["config"], run["log"]
@@ -146,8 +129,7 @@ def about(run):
     scored = [s for s in STAGES if s in own and s != "oracle" and own[s]["miou"] is not None]
     before, after = (scored[0], scored[-1]) if len(scored) > 1 else (None, None)
     ious = [own[stage]["iou"] for stage in (before, after) if stage]
-    values, base = flat(config), Path(__file__).parent.parent / "config.yaml"
-    defaults = flat(load_config(base))
+    values, defaults = flat(config, WHOLE), flat(load_config(DEFAULTS), WHOLE)
     changed = [key for key, value in values.items() if defaults.get(key) != value]
     return {
         "name": run["folder"].name,
@@ -261,6 +243,19 @@ def pictures(run, rows=4):
     return [[tile(TITLES.get(t, t), x, t != "image", cfg) for t, x in tiles] for tiles in shown]
 
 
+def gallery(out, whole, stages, cfg, rows=4):
+    """Yield [(title, picture), ...] for a few images: image, each stage's prediction, label."""
+    folder, names = out / "predictions", [Path(n).with_suffix(".png") for n in whole.images.names]
+    shown = [i for i, name in enumerate(names) if all((folder / s / name).exists() for s in stages)]
+    few = np.linspace(0, len(shown) - 1, min(rows, len(shown)), dtype=int)
+    for i in (shown[j] for j in few):
+        row = [("image", whole.images.image(i))]
+        row += [(stage, read_image(folder / stage / names[i])) for stage in stages]
+        if whole.images.labelled:
+            row.append(("label", paint(whole.images.label(i), classes(cfg))))
+        yield row
+
+
 def samples(run):
     """Return rows of tiles by their headings: the last pictures that each stage left."""
     rows = {}
@@ -299,7 +294,7 @@ def side_by_side(runs):
     groups = {}
     for run in runs:
         config = {k: v for k, v in run["config"].items() if k not in FREE_KEYS | {"seed"}}
-        groups.setdefault(json.dumps(flat(config)), []).append(run)
+        groups.setdefault(json.dumps(flat(config, WHOLE)), []).append(run)
     settings = [json.loads(key) for key in groups]
     results = [[run["results"] for run in group] for group in groups.values()]
     differing = {key: [json.dumps(s.get(key)) for s in settings] for s in settings for key in s}

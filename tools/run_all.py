@@ -7,27 +7,24 @@ environment, each stage runs in N processes, on a GPU each if there are any.
 """
 
 import importlib
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-from engine import signals
 from engine.command import arguments, command
 from settings import load_config
 
 ROOT = Path(__file__).parent.parent
-PLAIN = ("warmup.distill=0", "warmup.crdomix=false")
-# stage -> its module, and what follows the user's own overrides
+# stage -> its module, and its arguments
 STAGES = {
     "demo_data": ["tools.make_demo_data"],
     "translate": ["translate_cyclegan"],
-    "source_only": ["warmup", *PLAIN, "bn_recalibrate=[source]"],
+    "source_only": ["tools.baselines", "--method", "source_only"],
     "warmup": ["warmup"],
     "selftrain": ["selftrain"],
-    "oracle": ["warmup", *PLAIN, "bn_recalibrate=[target]", "warmup.labels_from=target"],
+    "oracle": ["tools.baselines", "--method", "oracle"],
     "evaluate": ["evaluate"],
 }
 
@@ -44,38 +41,29 @@ def main():
 
 def commands(path, overrides):
     """Yield (module, its arguments) of each stage, the evaluation, the report. Raises UserError."""
-    cfg, given = load_config(path, overrides), ["--cfg", str(path), *overrides]
+    cfg = load_config(path, overrides)
     for stage in [*cfg.stages, "evaluate"]:
         print(f"== {stage}", flush=True)
         module, *more = STAGES[stage]
-        yield module, given + more + ["--as", stage] * (module == "warmup")
+        yield module, [*more, "--cfg", str(path), *overrides]
     yield "tools.report", [str(Path(cfg.output) / cfg.name)]
 
 
 def run(module, line):
-    """Run a command in a process of its own and pass signals on; exit unless it succeeds."""
-    count = int(os.environ.get("NPROC") or 1)
-    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    start = several * (count > 1 and not module.startswith("tools."))
+    """Run a command in a process of its own, and pass SIGTERM on; exit unless it succeeds."""
+    count, start = int(os.environ.get("NPROC") or 1), []
+    if count > 1 and module not in ("tools.make_demo_data", "tools.report"):
+        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     # by its path: a user may stand in a folder that has a module of the same name
     script = (ROOT / module.replace(".", "/")).with_suffix(".py")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    # in a session of its own, or a terminal and `timeout` would send it each signal a second time
-    whole = [sys.executable, *start, str(script), *line]
-    stage = subprocess.Popen(whole, start_new_session=True, env=environment, stderr=sys.stderr)
-
-    def stop(number, _):  # `timeout` sends it twice
-        signal.signal(number, signal.SIG_IGN)
-        stage.send_signal(number)
-
-    # on Windows, a terminal's Ctrl-C reaches both
-    on_sigint = signal.SIG_IGN if os.name == "nt" else lambda number, _: stage.send_signal(number)
-    handlers = signals.handle(on_sigint, stop)
-    hangup = getattr(signal, "SIGHUP", signal.SIGTERM)
-    if signal.getsignal(hangup) != signal.SIG_IGN:  # not under nohup
-        signal.signal(hangup, stop)
+    stage = subprocess.Popen([sys.executable, *start, str(script), *line], env=environment)
+    # a terminal's Ctrl-C reaches the stage as well, which saves and ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: stage.send_signal(number))
     code = stage.wait()
-    signals.handle(*handlers)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if code:
         sys.exit(code if code > 0 else 128 - code)
 
@@ -85,10 +73,9 @@ def run_all(path, *overrides):
 
     path: the configuration. overrides: texts of the form key.sub=value.
     """
-    if multiprocessing.current_process().name == "MainProcess":  # workers may import the caller
-        for module, line in commands(path, overrides):
-            sys.argv = [f"{module.rpartition('.')[2]}.py", *line]
-            command(importlib.import_module(module).main)
+    for module, line in commands(path, overrides):
+        sys.argv = [f"{module.rpartition('.')[2]}.py", *line]
+        command(importlib.import_module(module).main)
 
 
 if __name__ == "__main__":

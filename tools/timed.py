@@ -7,6 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from engine.run import Run
 from PIL import Image
 
 import selftrain
@@ -14,7 +15,6 @@ import translate_cyclegan
 import warmup
 from datasets import Images
 from engine.images import threads, write_image
-from engine.run import Run
 from losses import supervised_loss, symmetric_distillation
 from models import build_segmenter
 from settings import classes

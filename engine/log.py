@@ -1,0 +1,135 @@
+"""Figures and pictures of a stage: progress bar, stdout, TensorBoard, log.jsonl, samples."""
+
+import json
+import math
+import time
+
+import torch
+from tqdm import tqdm
+
+from engine import processes
+from engine.config import UserError
+from engine.device import memory_gb
+from engine.images import paint, resize, write_image
+from engine.processes import rank
+
+
+def progress(*args, **options):
+    """Return tqdm's progress bar; it is shown by rank 0, and on a terminal only."""
+    return tqdm(*args, disable=rank() > 0 or None, dynamic_ncols=True, **options)
+
+
+class Figures:
+    """Figures of a stage, collected on the device without waiting for it.
+
+    They are written to the bar or stdout, TensorBoard and log.jsonl. overall: name -> [numerator,
+    denominator] since the stage began.
+    """
+
+    def __init__(self, folder, stage, device):
+        self.folder, self.stage, self.device = folder, stage, device
+        self.recent, self.overall, self.began = {}, {}, time.perf_counter()
+
+    def seconds(self):
+        """Return the time since the stage began, that before a resumption included."""
+        return round(time.perf_counter() - self.began, 1)
+
+    def start(self, first, total, images):
+        """Begin after `first` steps of `total`, of `images` images each."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.total, self.images = total, images
+        self.written, self.started = first, time.perf_counter()
+        if rank() == 0:
+            self.writer = SummaryWriter(self.folder / "tensorboard" / self.stage, purge_step=first)
+        count = {"total": total * images, "initial": first * images}
+        self.bar = progress(unit="img", desc=self.stage, **count)
+
+    def add(self, **figures):
+        """Add scalars, to be averaged, or ratios as pairs (numerator, denominator)."""
+        for name, figure in figures.items():
+            above, below = figure if isinstance(figure, tuple) else (figure, 1)
+            total = self.recent.setdefault(name, [0, 0])
+            total[0] += above.detach() if isinstance(above, torch.Tensor) else above
+            total[1] += below
+
+    def advance(self, step, writes):
+        """Count a step. With `writes`, or at the end, write the means since the last time.
+
+        Raises UserError where one is not finite.
+        """
+        self.bar.update(self.images)
+        if not writes and step < self.total:
+            return
+        parts = [part for pair in self.recent.values() for part in pair]
+        sums = [torch.as_tensor(part, dtype=torch.float64, device=self.device) for part in parts]
+        sums = processes.sum_over_processes(torch.stack(sums)).view(-1, 2).tolist()
+        sums = dict(zip(self.recent, sums, strict=True))
+        self.recent, figures, done = {}, _means(sums), step - self.written
+        for name, value in figures.items():
+            if not math.isfinite(value):
+                fault = f"{name} became {value} in the {done} steps before step {step}"
+                remedy = "lower optimizer.lr_backbone and lr_head, or use precision=fp32"
+                raise UserError(f"{self.stage}: {fault}; the last checkpoint is kept; {remedy}")
+        for name, (above, below) in sums.items():
+            old = self.overall.get(name, [0, 0])
+            self.overall[name] = [old[0] + above, old[1] + below]
+            if rank() == 0:
+                self.writer.add_scalar(f"{self.stage}/{name}", figures[name], step)
+        rate = done * self.images / (time.perf_counter() - self.started)
+        self.written, self.started = step, time.perf_counter()
+        text, left = _in_words(figures), (self.total - step) * self.images / rate / 60
+        self.bar.set_postfix_str(text)
+        if self.bar.disable:
+            speed = f"{rate:.1f} img/s  {left:.1f} min left"
+            print(f"{self.stage} {step}/{self.total}  {text}  {speed}", flush=True)
+        more = {"images_per_second": round(rate, 2), "memory_gb": memory_gb(self.device)}
+        write_log(self.folder, self.stage, step=step, **_rounded(figures), **more)
+
+    def finish(self, result):
+        """Write the means over the whole stage."""
+        self.bar.close()
+        if rank() == 0:
+            self.writer.close()
+        means = _rounded(_means(self.overall))
+        write_log(self.folder, self.stage, finished=self.total, **means, seconds=self.seconds())
+        print(f"{self.stage}: wrote {result}  {_in_words(means)}")
+
+    def show(self, step, colours, pictures):
+        """Write the first of each batch to TensorBoard and to samples/STAGE/NAME.png.
+
+        pictures: name -> images (B, 3, H, W) in [0, 1], label maps (B, h, w), or None (left out).
+        """
+        first = {name: batch[0].cpu() for name, batch in pictures.items() if batch is not None}
+        size = next(picture.shape[1:] for picture in first.values() if picture.dim() == 3)
+        for name, picture in first.items():
+            if picture.dim() == 3:
+                picture = picture.float().mul(255).round().clamp(0, 255).byte()
+                picture = picture.permute(1, 2, 0).numpy()
+            else:
+                picture = paint(resize(picture.byte().numpy(), size, labels=True), colours)
+            self.writer.add_image(f"{self.stage}/{name}", picture, step, dataformats="HWC")
+            write_image(self.folder / "samples" / self.stage / f"{name}.png", picture)
+
+
+def write_log(folder, stage, **figures):
+    """Append a line to the run's log.jsonl, in rank 0."""
+    if rank() == 0:
+        with (folder / "log.jsonl").open("ab+") as file:
+            file.seek(max(file.tell() - 1, 0))
+            if file.read() not in (b"", b"\n"):  # a full disk or a crash has left half a line
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+            file.write((json.dumps({"stage": stage, **figures}) + "\n").encode())
+
+
+def _means(sums):
+    return {name: above / max(below, 1e-12) for name, (above, below) in sums.items()}
+
+
+def _rounded(figures):
+    return {name: float(f"{value:.6g}") for name, value in figures.items()}
+
+
+def _in_words(figures):
+    return "  ".join(f"{name} {value:.3g}" for name, value in figures.items())
