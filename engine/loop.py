@@ -73,7 +73,8 @@ class Run:
 
     def parallel(self, network):
         """Return the network to train: compiled; its gradients are averaged over processes."""
-        network = processes.parallel(self.compiled(network))
+        has_unused = self.cfg.model.network.startswith("smp/")  # some encoders of it
+        network = processes.parallel(self.compiled(network), has_unused)
         self.networks.append(network)
         return network
 

@@ -93,13 +93,15 @@ def decided_by_first(decide):
 # ---------------------------------------------------------------- networks
 
 
-def parallel(network):
-    """Return the network whose gradients are averaged over all processes in the backward pass."""
+def parallel(network, has_unused):
+    """Return the network whose gradients are averaged over all processes in the backward pass.
+
+    has_unused: whether it has parameters that no output depends on.
+    """
     if world() == 1:
         return network
-    # buffers are equal as they are: GPUs share their batch norm, and a CPU's statistics are made
-    # anew in the end; some networks have parameters that they do not use
-    options = {"broadcast_buffers": False, "find_unused_parameters": True}
+    # no buffers: GPUs share their batch norm, and a CPU's statistics are made anew in the end
+    options = {"broadcast_buffers": False, "find_unused_parameters": has_unused}
     return nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True, **options)
 
 
