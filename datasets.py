@@ -1,7 +1,6 @@
 """What one sample is: dataset layouts, label values, scaling and cropping."""
 
 import copy
-import fnmatch
 import functools
 import signal
 import zlib
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, Dataset, StackDataset
 
 from augment import DRAWS
@@ -17,10 +15,8 @@ from engine.config import Config, UserError, one_line, require
 from engine.folders import (
     Aligned,
     Folder,
-    list_images,
-    narrow,
+    matching,
     require_same_size,
-    stem_of,
     warn,
 )
 from engine.images import read_image, read_label, resize, threads
@@ -40,25 +36,20 @@ class Images(Folder):
 
     def __init__(self, cfg, domain, labelled):
         spec = functools.reduce(Config.__getitem__, domain.split("."), cfg)
-        self.labelled, self.red_only, self.label_paths = labelled, spec.layout == "synthia", []
-        image_folder, label_folders, image_end, self.label_end = LAYOUTS[spec.layout]
-        if spec.ids == "train_ids":
-            self.label_end = self.label_end.replace("labelIds", "labelTrainIds")
-        self.folder, pattern = _place(spec, image_folder)
-        if not self.folder.is_dir():
-            remedy = f"set {domain}.root, or see the README for the data"
-            raise UserError(f"{self.folder}: no such folder of images; {remedy}")
-        names = fnmatch.filter(list_images(self.folder), pattern)
-        self.names = [name for name in names if Path(name).stem.endswith(image_end)]
-        if not self.names:
-            keys = f"{domain}.split or {domain}.layout = {spec.layout}"
-            raise UserError(f"{self.folder}: holds no images; is {keys} right?")
+        self.labelled, self.red_only = labelled, spec.layout == "synthia"
+        self.folder, labels, self.label_folder = find_pairs(spec, labelled)
+        if not labels:
+            keys = f"are {domain}.root, {domain}.split and {domain}.layout right?"
+            raise UserError(f"{self.folder}: holds no images of {spec.layout}; {keys}")
+        self.names = list(labels)
         if spec.list is not None:
             self.names = narrow(self.names, spec.list, self.folder)
+        self.label_paths = [labels[name] for name in self.names]
         if labelled:
-            folders = [_place(spec, folder)[0] for folder in label_folders]
-            self.label_folder = next((x for x in folders if x.is_dir()), folders[0])
-            self.label_paths = self._find_labels(self.label_folder, image_end)
+            if None in self.label_paths:
+                name = self.names[self.label_paths.index(None)]
+                fault = f"has no label in {self.label_folder}"
+                raise UserError(f"{self.folder / name}: {fault}; add it or drop the image")
             self.table = np.full(65536, NO_CLASS, np.uint8)
             for value, k in label_values(spec.ids, classes(cfg)).items():
                 self.table[value] = k
@@ -70,17 +61,6 @@ class Images(Folder):
         images = copy.copy(self)
         images.labelled = False
         return images
-
-    def _find_labels(self, folder, image_end):
-        labels = {stem_of(name): folder / name for name in list_images(folder)}
-        paths = []
-        for name in self.names:
-            stem = stem_of(name).removesuffix(image_end) + self.label_end
-            if stem not in labels:
-                fault = f"has no label {folder / stem}.png"
-                raise UserError(f"{self.folder / name}: {fault}; add it or drop the image")
-            paths.append(labels[stem])
-        return paths
 
     def summary(self, i):
         """Return image i's (H, W), its largest value, and its label's pixels of each class."""
@@ -100,14 +80,13 @@ class Images(Folder):
         if shares[IGNORED] == 1:
             fault = "no pixel of its labels belongs to a class"
             raise UserError(f"{domain}: {fault}; are {domain}.ids right?")
+        if bright < 32:
+            warn(f"{domain}: half of the images are nearly black, at most {bright:.0f} of 255")
+        if shares[IGNORED] > 0.5:
+            warn(f"{domain}: {shares[IGNORED]:.1%} of the labels' pixels are ignored")
         absent = ", ".join(name for k, name in enumerate(names) if not shares[k])
-        for odd, fault in (
-            (bright < 32, f"half of the images are nearly black, at most {bright:.0f} of 255"),
-            (shares[IGNORED] > 0.5, f"{shares[IGNORED]:.1%} of the labels' pixels are ignored"),
-            (absent, f"none of {len(shapes)} labels holds {one_line(absent)}"),
-        ):
-            if odd:
-                warn(f"{domain}: {fault}")
+        if absent:
+            warn(f"{domain}: none of {len(shapes)} labels holds {one_line(absent)}")
 
     def label_values(self, i, image):
         """Return the values in the label file of `image`, image i: (H, W)."""
@@ -132,10 +111,42 @@ class Images(Folder):
         return label
 
 
-def _place(spec, folder):
-    """Return a split's folder, up to the first * in it, and the pattern of the names below."""
-    folder, star, rest = folder.format(split=spec.split or ".").partition("*")
-    return Path(spec.root) / folder, f"{star}{rest}/*" if star else "*"
+def find_pairs(spec, labelled):
+    """Return a dataset's folder of images, image name -> path of its label or None, label folder.
+
+    spec: a section of the configuration. The names are relative to the folder.
+    """
+    pairs = LAYOUTS.get(spec.layout) if isinstance(spec.layout, str) else [spec.layout.values()]
+    for pair in pairs:
+        if spec.ids == "train_ids":
+            pair = [pattern.replace("labelIds", "labelTrainIds") for pattern in pair]
+        images, labels = (pattern.replace("{split}", spec.split or ".") for pattern in pair)
+        folder, texts = matching(spec.root, images)
+        label_folder, label_texts = matching(spec.root, labels) if labelled else (None, {})
+        paths = {text: label_folder / name for name, text in label_texts.items()}
+        if texts and (paths or not labelled):
+            break
+    return folder, {name: paths.get(text) for name, text in texts.items()}, label_folder
+
+
+def narrow(names, path, folder):
+    """Return the names that a list file asks for; each of its lines begins with a path to one."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: this list of images cannot be read ({error})") from error
+    known, wanted = set(names), set()
+    for line in filter(str.strip, lines):
+        name = line if line in known else line.split()[0]  # a label's path may follow
+        while name not in known and "/" in name:  # it may begin above the folder
+            name = name.partition("/")[2]
+        if name not in known:
+            fault = f"names {one_line(line)}; one path a line, relative to {folder}"
+            raise UserError(f"{path}: {fault}")
+        wanted.add(name)
+    if not wanted:
+        raise UserError(f"{path}: names no image; one path a line, relative to {folder}")
+    return [name for name in names if name in wanted]
 
 
 def translated_images(cfg, source):
@@ -143,9 +154,6 @@ def translated_images(cfg, source):
     folder = cfg.translation.images or Path(cfg.output) / cfg.name / "translated"
     remedy = "run translate_cyclegan.py first, or set translation.images"
     return Aligned(folder, source.names, read_image, remedy)
-
-
-# ---------------------------------------------------------------- samples
 
 
 class RareClasses:
@@ -301,25 +309,15 @@ def _set_up_worker(_):
         signal.signal(number, signal.SIG_IGN)
 
 
-class RecalibrationImages:
-    """Batches of crops for batch norm's statistics, each with all `domains` in equal parts.
+def recalibration_crops(cfg, batch, domains, **images):
+    """Return samples for batch norm's statistics: crops of all `domains`, without labels.
 
     images: domain -> Images, of domains that are read anyway. There are cfg.bn_images of each
-    domain. Iterating yields (B, 3, H, W) in [0, 1] on the run's device, the same in all processes.
+    domain. Returns a Dataset, whose samples are dicts, or None without domains.
     """
-
-    def __init__(self, run, batch, domains, **images):
-        cfg, self.run, self.batch_size = run.cfg, run, sum(batch)
-        self.crops, steps = {}, max(cfg.bn_images // sum(batch), 1)
-        for domain in domains:
-            of_domain = images.get(domain) or Images(cfg, domain, labelled=False)
-            of_domain = of_domain.unlabelled()
-            self.crops[domain] = Crops(cfg, "recalibrate", domain, of_domain, batch, steps)
-
-    def __len__(self):
-        return len(StackDataset(**self.crops)) // self.batch_size if self.crops else 0
-
-    def __iter__(self):
-        crops = StackDataset(**self.crops)
-        for batch in loader(self.run, crops, 0, self.batch_size, shared=False):
-            yield torch.cat([part["image"] for part in self.run.fetch(batch).values()])
+    crops, steps = {}, max(cfg.bn_images // sum(batch), 1)
+    for domain in domains:
+        of_domain = images.get(domain) or Images(cfg, domain, labelled=False)
+        of_domain = of_domain.unlabelled()
+        crops[domain] = Crops(cfg, "recalibrate", domain, of_domain, batch, steps)
+    return StackDataset(**crops) if crops else None

@@ -9,6 +9,7 @@ Scores go to results.json in the run's folder (without --cfg: the checkpoint's f
 predictions/ and overlays/ beside it, or into DIR.
 """
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -20,12 +21,12 @@ from datasets import Images, Whole
 from engine.command import arguments, command
 from engine.config import UserError
 from engine.files import find, load_tensors, write_text
-from engine.folders import Folder, Video
-from engine.images import image_writer, paint, resize, video_writer
+from engine.folders import Folder
+from engine.images import image_writer, paint, resize
 from engine.loop import Run
 from engine.processes import barrier, rank, world
 from metrics import ConfusionMatrix, agreement, predictions
-from models import load_segmenter, require_sizes
+from models import load_segmenter
 from settings import classes, label_values, load_config, load_saved
 
 COMPARED = 50  # images of the target on which networks are compared without labels
@@ -60,8 +61,11 @@ def main():
     for path in paths:
         evaluate(run, path, datasets, out, args)
     barrier()  # for the pictures of all processes
-    if rank() == 0:
-        summarise(run, datasets)
+    results = read_results(run.folder / "results.json")
+    if any(whole.images.labelled for whole in datasets.values()):
+        print(table(results, list(classes(cfg))))
+    if not args.images and advice(results):
+        print(advice(results))
 
 
 def configuration(args):
@@ -72,6 +76,55 @@ def configuration(args):
     folder = Path(args.weights[0]).resolve().parent  # a checkpoint does not say where to write
     place = {"output": str(folder.parent), "name": folder.name}
     return load_saved(saved["config"] | place, args.overrides, args.weights[0])
+
+
+class Video:
+    """The frames of a video file; fast where they are read in order.
+
+    rate: frames per second. size: (H, W). Raises UserError for a file that OpenCV cannot play.
+    """
+
+    labelled = False
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.capture = cv2.VideoCapture(str(path))
+        self.rate = self.capture.get(cv2.CAP_PROP_FPS) or 25
+        count = 0
+        while self.capture.grab():  # the count in the file's header is an estimate
+            count += 1
+        if not count:
+            raise UserError(f"{path}: no folder of images, and no video that OpenCV plays")
+        self.names = [f"{self.path.stem}_{i:06d}.png" for i in range(count)]
+        self.next = count
+        self.size = self.image(0).shape[:2]
+        self.next, self.capture = count, None  # a capture cannot be sent to a DataLoader worker
+
+    def __len__(self):
+        return len(self.names)
+
+    def image(self, i):
+        """Return frame i, RGB uint8 (H, W, 3)."""
+        if i < self.next:
+            self.next, self.capture = 0, cv2.VideoCapture(str(self.path))
+        while self.next < i:
+            self.next += self.capture.grab()
+        self.next += 1
+        return np.ascontiguousarray(self.capture.read()[1][..., ::-1])
+
+
+@contextlib.contextmanager
+def film(path, rate, size):
+    """Context manager: append RGB frames of `size` (H, W) to an MP4 file. Raises UserError."""
+    temporary = path.with_name(f".{path.stem}.partial.mp4")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), rate, size[::-1])
+    if not writer.isOpened():
+        raise UserError(f"{path}: cannot be written; check the disk and OpenCV's video support")
+    yield lambda frame: writer.write(frame[..., ::-1])
+    writer.release()
+    temporary.replace(path)
+    print(f"{path}: the overlays as a film, {rate:g} frames a second")
 
 
 def what_to_segment(cfg, path=None):
@@ -90,63 +143,66 @@ def evaluate(run, path, datasets, out, args):
     """Segment the datasets with the network in `path`: scores to results.json, pictures to out."""
     cfg, first = run.cfg, next(iter(datasets))
     student, saved = load_segmenter(path, cfg)
-    require_sizes(student, cfg)
     teacher, _ = load_segmenter(path, cfg, "teacher")
-    how = cfg.evaluation.scales, cfg.evaluation.tile
     for key, whole in datasets.items():
         stage = path.stem if key == first else f"{path.stem}_on_{key}"
-        if isinstance(whole.images, Video):
-            video = whole.images
-            file = out / f"{video.path.stem}_{stage}.mp4"
-            with video_writer(file, video.rate, video.size) as append:
-                for sample, prediction, _ in predictions(run, run.place(student), whole, *how):
-                    append(overlay(sample, prediction.byte().cpu().numpy(), classes(cfg)))
-            print(f"{file}: {len(video)} frames, {video.rate:g} a second")
-            continue
-        count = len(whole) if args.images or args.ids else cfg.evaluation.pictures
-        pictured = np.unique(np.linspace(0, len(whole) - 1, count, dtype=int))
-        ids = args.ids or args.images
-        scores = segment(run, student, whole, key, out, stage, pictured, ids)
-        if not whole.images.labelled:
-            print(f"{path}: pictures of {len(pictured)} images are in {out}")
-        elif teacher is not None:
+        scores = segment(run, student, whole, key, out, stage, args)
+        if whole.images.labelled and teacher is not None:
             scores["teacher_miou"] = segment(run, teacher, whole, key)["miou"]
         if key == first and not (args.images or args.weights):
             scores |= without_labels(run, student)
-        if not scores:
-            continue
-        scores["dataset"] = key
-        scores["split"] = cfg.more_val.get(key, cfg.get(key)).split
-        scores["scales"] = cfg.evaluation.scales
-        scores["weights"] = "best_on_val" if path.stem.endswith("_best_on_val") else "last"
-        scores["step"] = saved.get("step")
-        if rank() == 0:
-            file = run.folder / "results.json"
-            results = read_results(file)
-            text = json.dumps(scores)
-            results[stage] = json.loads(text, parse_float=lambda digits: round(float(digits), 3))
-            order = sorted(results, key=[*STAGES, *results].index)
-            write_text(file, json.dumps({name: results[name] for name in order}, indent=1) + "\n")
+        if scores and rank() == 0:
+            scores["dataset"] = key
+            scores["split"] = cfg.more_val.get(key, cfg.get(key)).split
+            scores["scales"] = cfg.evaluation.scales
+            scores["weights"] = "best_on_val" if stage.endswith("_best_on_val") else "last"
+            scores["step"] = saved.get("step")
+            add_result(run.folder / "results.json", stage, scores)
 
 
-def segment(run, model, whole, key, out=None, stage=None, pictured=(), ids=False):
-    """Return a model's scores on labelled images, else {}; write those numbered `pictured`."""
-    cfg, names, scored = run.cfg, classes(run.cfg), whole.images.labelled
-    matrix = ConfusionMatrix(len(names), run.device)
-    how = cfg.evaluation.scales, cfg.evaluation.tile
-    with image_writer() as write:
-        for sample, prediction, _ in predictions(run, run.place(model), whole, *how):
-            if scored:
+def add_result(path, stage, scores):
+    """Write a stage's scores into results.json, in the order of the stages."""
+    text, results = json.dumps(scores), read_results(path)
+    results[stage] = json.loads(text, parse_float=lambda digits: round(float(digits), 3))
+    order = sorted(results, key=[*STAGES, *results].index)
+    write_text(path, json.dumps({name: results[name] for name in order}, indent=1) + "\n")
+
+
+def segment(run, model, whole, key, out=None, stage=None, args=None):
+    """Return a model's scores on labelled images, else {}; given `out`, write pictures there."""
+    cfg, names, images = run.cfg, classes(run.cfg), whole.images
+    matrix, how = ConfusionMatrix(len(names), run.device), cfg.evaluation
+    pictured = []
+    if out:
+        count = len(whole) if args.images or args.ids else how.pictures
+        pictured = np.unique(np.linspace(0, len(whole) - 1, count, dtype=int))
+    with contextlib.ExitStack() as files:
+        write, append = files.enter_context(image_writer()), None
+        if isinstance(images, Video):
+            path = out / f"{images.path.stem}_{stage}.mp4"
+            append = files.enter_context(film(path, images.rate, images.size))
+        segmented = predictions(run, run.place(model), whole, how.scales, how.tile)
+        for sample, prediction, _ in segmented:
+            if images.labelled:
                 matrix.update(run.fetch(sample["label"]), prediction)
-            if sample["index"] in pictured:
-                prediction = prediction.byte().cpu().numpy()
-                picture = Path(whole.images.names[sample["index"]]).with_suffix(".png")
-                write(out / "predictions" / stage / picture, paint(prediction, names))
-                write(out / "overlays" / stage / picture, overlay(sample, prediction, names))
-                if ids:
-                    write(out / "ids" / stage / picture, values_of(prediction, cfg))
+            if sample["index"] not in pictured:
+                continue
+            prediction = prediction.byte().cpu().numpy()
+            picture = Path(images.names[sample["index"]]).with_suffix(".png")
+            image = resize(sample["image"].numpy(), sample["shape"])
+            painted = paint(prediction, names)
+            overlay = cv2.addWeighted(image, 0.5, painted, 0.5, 0)
+            write(out / "predictions" / stage / picture, painted)
+            write(out / "overlays" / stage / picture, overlay)
+            if args.images or args.ids:
+                write(out / "ids" / stage / picture, values_of(prediction, cfg))
+            if append:
+                append(overlay)
+    if not images.labelled:
+        print(f"{stage}: pictures of {len(pictured)} images are in {out}")
+        return {}
     dataset = key if key == "val" else f"more_val.{key}"
-    return matrix.scores(names, cfg.evaluation.subsets, dataset) if scored else {}
+    return matrix.scores(names, how.subsets, dataset)
 
 
 def without_labels(run, model):
@@ -189,33 +245,19 @@ def values_of(prediction, cfg):
     return values.astype(np.uint8) if values.max() < 256 else values
 
 
-def overlay(sample, prediction, colours):
-    """Return a sample's image, at its file's size, under the prediction (H, W) uint8."""
-    image = resize(sample["image"].numpy(), sample["shape"])
-    return cv2.addWeighted(image, 0.5, paint(prediction, colours), 0.5, 0)
-
-
 def table(results, names):
     """Return the results as a Markdown table, a row per stage."""
     means = sorted({key for entry in results.values() for key in entry if key.startswith("miou_")})
-    rows = [["", "mIoU", *means, "accuracy", "teacher", *names]]
+    keys = ("miou", *means, "pixel_accuracy", "teacher_miou")
+    rows = [
+        ["", "mIoU", *means, "accuracy", "teacher", *names],
+        ["---"] * (len(keys) + 1 + len(names)),
+    ]
     for stage, entry in results.items():
-        keys = ("miou", *means, "pixel_accuracy", "teacher_miou")
-        figures = [*map(entry.get, keys), *map((entry.get("iou") or {}).get, names)]
+        iou = entry.get("iou") or {}
+        figures = [*map(entry.get, keys), *map(iou.get, names)]
         rows.append([stage, *("-" if x is None else f"{x:.1f}" for x in figures)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, ["-" * width for width in widths])
-    lines = ([c.ljust(width) for c, width in zip(row, widths, strict=True)] for row in rows)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def summarise(run, datasets):
-    """Print the table of results, and which network to use."""
-    results = read_results(run.folder / "results.json")
-    if any(whole.images.labelled for whole in datasets.values()):
-        print(table(results, list(classes(run.cfg))))
-    if "images" not in datasets and advice(results):
-        print(advice(results))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 if __name__ == "__main__":

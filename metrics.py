@@ -17,7 +17,6 @@ from models import recalibrate_batchnorm
 from settings import classes
 
 SCALES = (1.0, 0.5)  # of agreement
-WINDOWS = 4  # windows in a batch; more of them do not make a GPU faster
 
 
 class ConfusionMatrix:
@@ -69,32 +68,33 @@ def at_scales(model, images, scales):
 def sliding_window(model, images, window):
     """Return a tuple of the logits (1, K, H, W) of an image (1, 3, H, W), averaged over windows.
 
-    window: the largest (H, W), multiples of 32; its longer side goes along the image's. Equal
-    windows cover the image, neighbours share a quarter. With one, return the model's own output.
+    window: the largest (H, W); its longer side goes along the image's. Windows cover the image,
+    neighbours share at least a quarter. With one, return the model's own output.
     """
     size = images.shape[-2:]
     limits = sorted(window, reverse=size[0] > size[1])
-    (h, tops), (w, lefts) = map(_windows, size, limits)
-    windows = [(..., slice(y, y + h), slice(x, x + w)) for y in tops for x in lefts]
-    if len(windows) == 1:
+    h, w = (min(pair) for pair in zip(size, limits, strict=True))
+    counts = [
+        math.ceil((side / part - 1) * 4 / 3) + 1 for side, part in zip(size, (h, w), strict=True)
+    ]
+    if counts == [1, 1]:
         return model(images)
-    total, count = None, images.new_zeros(size)
-    for first in range(0, len(windows), WINDOWS):
-        batch = windows[first : first + WINDOWS]
-        logits = upsample(model(torch.cat([images[window] for window in batch]))[0], (h, w))
-        if total is None:
-            total = images.new_zeros(1, logits.shape[1], *size)
-        for window, part in zip(batch, logits, strict=True):
-            total[window] += part
-            count[window] += 1
+    total, count = 0, images.new_zeros(size)
+    for top in torch.linspace(0, size[0] - h, counts[0]).int().tolist():
+        for left in torch.linspace(0, size[1] - w, counts[1]).int().tolist():
+            part = (..., slice(top, top + h), slice(left, left + w))
+            logits = upsample(model(images[part])[0], (h, w))
+            around = left, size[1] - w - left, top, size[0] - h - top
+            total = total + F.pad(logits, around)
+            count[part] += 1
     return (total / count,)
 
 
 def _windows(side, limit):
-    """Return the length of the windows along a side, at most `limit`, and where they begin."""
-    count = math.ceil((side / limit - 1 / 4) * 4 / 3) if side > limit else 1
-    length = min(math.ceil(side / (count * 3 / 4 + 1 / 4) / 32) * 32, side)
-    return length, [round(k * (side - length) / max(count - 1, 1)) for k in range(count)]
+    """Return the length of the windows along a side, and where they begin."""
+    length = min(side, limit)
+    count = math.ceil((side / length - 1) * 4 / 3) + 1
+    return length, torch.linspace(0, side - length, count).int().tolist()
 
 
 @torch.no_grad()
@@ -128,37 +128,47 @@ def agreement(run, model, whole):
     return 100 * same / pixels
 
 
-def validate(run, images, recalibration, student, teacher):
+def validate(run, images, crops, student, teacher):
     """Log both networks' mIoU every cfg.val_every steps; keep the best student.
 
-    It is {stage}_best_on_val.pth. images: labelled Images, or None: no validation. Works on copies
-    with recalibrated batch norm: training goes on as if without validation.
+    It is {stage}_best_on_val.pth. images: labelled Images, or None: no validation. crops: of
+    recalibration, which works on copies: training goes on as if without validation.
     """
     step = run.done
     if images is None or step % run.cfg.val_every:
         return
     names, figures = list(classes(run.cfg)), {}
-    whole = Whole(images, run.cfg.val.size)
-    for name, model in (("student", student), ("teacher", teacher)):
-        model = copy.deepcopy(model)
-        with run.autocast():
-            recalibrate_batchnorm(model, recalibration)
+    student, teacher = copy.deepcopy(student), copy.deepcopy(teacher)
+    recalibrate(run, crops, student, teacher)
+    for name, model in (("teacher", teacher), ("student", student)):
         matrix = ConfusionMatrix(len(names), run.device)
-        for sample, prediction, _ in predictions(run, model, whole, [1.0]):
+        for sample, prediction, _ in predictions(
+            run, model, Whole(images, run.cfg.val.size), [1.0]
+        ):
             matrix.update(run.fetch(sample["label"]), prediction)
         miou = matrix.scores(names)["miou"]
         figures[f"val_miou_{name}"] = round(miou, 4)
-        best = run.folder / f"{run.stage}_best_on_val.pth"
-        old = load_tensors(best) if best.exists() else {}  # of a later step: of another run
-        kept = old.get("step", step) < step and old.get("miou", -1) >= miou
-        if name == "student" and not kept:
-            run.save(best, step, {"student": model}, miou=miou)
+    best = run.folder / f"{run.stage}_best_on_val.pth"
+    old = load_tensors(best) if best.exists() else {}  # of a later step: of another run
+    if old.get("step", step) >= step or old.get("miou", -1) < miou:
+        run.save(best, step, {"student": student}, miou=miou)
     write_log(run.folder, run.stage, step=step, **figures)
 
 
-def finish(run, recalibration, student, teacher):
+def finish(run, crops, student, teacher):
     """Recalibrate both networks and write them as the stage's result."""
-    with run.autocast():
-        recalibrate_batchnorm(student, recalibration)
-        recalibrate_batchnorm(teacher, recalibration)
+    recalibrate(run, crops, student, teacher)
     run.finish(student=student, teacher=teacher)
+
+
+def recalibrate(run, crops, *networks):
+    """Recalibrate batch norm on datasets.recalibration_crops; None: end in eval mode alone."""
+    batch_size = sum(run.cfg[run.section].batch)
+    for network in networks:
+        network.eval()
+        if crops is None:
+            continue
+        batches = map(run.fetch, loader(run, crops, 0, batch_size, shared=False))
+        images = (torch.cat([part["image"] for part in batch.values()]) for batch in batches)
+        with run.autocast():
+            recalibrate_batchnorm(network, images)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.config import UserError
+from engine.config import UserError, one_line
 from engine.files import load_tensors
 from losses import upsample
 from settings import NETWORKS, OWN_NETWORKS, classes, load_saved
@@ -98,29 +98,6 @@ def build_segmenter(network, num_classes, output_stride=8, channels=256, weights
     return model
 
 
-@torch.no_grad()
-def require_sizes(model, cfg, images=0):
-    """Return the model. Raises UserError where cfg has a size that is too small for it.
-
-    images: how many crops it is trained on at a time; 0 where it only predicts.
-    """
-    scale, trains = min(cfg.evaluation.scales), model.training
-    least = [max(round(scale * x), 1) for x in cfg.val.size or cfg.target.sizes[-1]]
-    crops = [("crop", cfg.crop, images)] if images else []
-    tensors = *model.named_parameters(), *model.named_buffers()
-    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
-    for key, size, count in [("evaluation.scales", least, 0), *crops]:
-        try:
-            batch = torch.zeros(count or 1, 3, *size, device="meta")
-            torch.func.functional_call(model.train(count > 0), shapes, (batch,))
-        except (RuntimeError, ValueError) as error:
-            if "autocast" in str(error):  # DINOv3 asks for it, and shapes alone have none
-                break
-            fault = f"{size} pixels of {count or 1} images are too few for {cfg.model.network}"
-            raise UserError(f"{key}: {fault}; raise it, or model.channels") from error
-    return model.train(trains)
-
-
 def register(name):
     """Return a decorator that makes model.network = `name` stand for the function below it.
 
@@ -138,8 +115,8 @@ def _smp(name, num_classes, weights):
     try:
         import segmentation_models_pytorch as smp
     except ImportError as error:
-        message = f"model.network = {name} needs `pip install segmentation-models-pytorch`"
-        raise UserError(message) from error
+        remedy = "needs `pip install -r tools/requirements.txt`"
+        raise UserError(f"model.network = {name} {remedy}") from error
     _, architecture, encoder = name.split("/")
     pretrained = "imagenet" if weights == "imagenet" else None
     # a ViT then takes images of any size; smp's DPT needs patches of 16 pixels: timm resamples
@@ -147,8 +124,8 @@ def _smp(name, num_classes, weights):
     try:
         model = smp.create_model(architecture, encoder, pretrained, classes=num_classes, **more)
     except Exception as error:  # of a dozen types: an unknown name, no network to download from
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model.network = {name}, model.weights = {weights}: {reason}") from error
+        fault = f"model.network = {name}, model.weights = {weights}"
+        raise UserError(f"{fault}: {one_line(error)}") from error
     head = model.segmentation_head
     classifier = head.head if hasattr(head, "head") else head[0]  # without the final upsampling
     return model.encoder, model.decoder, classifier, 32  # encoders halve an image 5 times at most
@@ -230,19 +207,15 @@ def build_optimizer(model, options):
     return sgd
 
 
-def poly_lr(base, step, total, power):
-    """Return base (1 - step / total)^power."""
-    return base * (1 - step / total) ** power
-
-
 def set_learning_rate(optimizer, step, total, options):
-    """Set poly_lr of each group's base rate, rising linearly over the first options.warmup steps.
+    """Set each group's rate to base (1 - step / total)^power; it rises linearly at the start.
 
-    options: cfg.optimizer.
+    options: cfg.optimizer; the rise takes its `warmup` steps.
     """
+    decay = (1 - step / total) ** options.power
     rise = min(1, (step + 1) / (options.warmup + 1))
     for group in optimizer.param_groups:
-        group["lr"] = poly_lr(group["base_lr"], step, total, options.power) * rise
+        group["lr"] = group["base_lr"] * decay * rise
 
 
 def make_teacher(student):
@@ -254,16 +227,14 @@ def make_teacher(student):
     return teacher
 
 
-def ema_decay(step, limit=0.999):
-    """Return alpha = min(1 - 1 / (step + 1), limit); steps count from 0."""
-    return min(1 - 1 / (step + 1), limit)
-
-
 @torch.no_grad()
 def ema_update(teacher, student, step, limit=0.999):
-    """Update theta_T <- alpha theta_T + (1 - alpha) theta_S, and copy the buffers of S."""
-    weight = 1 - ema_decay(step, limit)
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), weight)
+    """Update theta_T <- alpha theta_T + (1 - alpha) theta_S, and copy the buffers of S.
+
+    alpha = min(1 - 1 / (step + 1), limit); steps count from 0.
+    """
+    alpha = min(1 - 1 / (step + 1), limit)
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - alpha)
     for dtype in {buffer.dtype for buffer in student.buffers()}:  # of one dtype: one kernel
         pair = ([b for b in net.buffers() if b.dtype == dtype] for net in (teacher, student))
         torch._foreach_copy_(*pair)
@@ -273,11 +244,9 @@ def ema_update(teacher, student, step, limit=0.999):
 def recalibrate_batchnorm(model, batches):
     """Set batch norm's running statistics to their plain average over batches; end in eval mode.
 
-    batches: yield images (B, 3, H, W), the same in all processes; without any, nothing changes.
+    batches: yield images (B, 3, H, W), the same in all processes.
     """
     model.eval()
-    if not len(batches):
-        return
     norms = _layers(model, nn.modules.batchnorm._BatchNorm)
     momenta = [norm.momentum for norm in norms]
     for norm in norms:  # a teacher tracks nothing; without momentum it is a plain average
@@ -313,34 +282,29 @@ class Predictor(nn.Module):
 
 def load(path):
     """Return the Predictor of a checkpoint's student, in eval mode on the CPU. Raises UserError."""
-    model, cfg, _ = load_checkpoint(path)
-    return Predictor(model, classes(cfg)).eval()
+    model, saved = load_segmenter(path)
+    return Predictor(model, classes(saved["config"])).eval()
 
 
-def load_checkpoint(path, which="student"):
-    """Return a checkpoint's student or teacher (None where it has none), its Config, its entries.
+def load_segmenter(path, cfg=None, which="student"):
+    """Return a checkpoint's student or teacher (None where it has none), and its entries.
 
-    Of the Config, `classes` and `model` are those that it was trained with. Raises UserError.
+    Of its config, a Config, `classes` and `model` are its own. Raises UserError, also where `cfg`
+    has other classes.
     """
     saved = load_tensors(path)
     if not {"student", "config"} <= saved.keys():
         fault = "holds no segmentation network of warmup.py, selftrain.py or tools.baselines"
-        raise UserError(f"{path}: {fault}; for weights of other projects see tools/convert.py")
+        remedy = "of another project's weights, tools/convert.py makes one"
+        raise UserError(f"{path}: {fault}; {remedy}")
     own = {key: saved["config"][key] for key in ("classes", "model") if key in saved["config"]}
-    cfg = load_saved(own, (), f"{path}: config")
-    if which not in saved:
-        return None, cfg, saved
-    options = cfg.model | {"weights": None}
-    model = build_segmenter(num_classes=len(classes(cfg)), **options)
-    load_exactly(model, saved[which], path)
-    return model, cfg, saved
-
-
-def load_segmenter(path, cfg, which="student"):
-    """Return load_checkpoint's network and entries; UserError where cfg has other classes."""
-    model, own, saved = load_checkpoint(path, which)
-    if list(classes(own)) != list(classes(cfg)):
+    saved["config"] = own = load_saved(own, (), f"{path}: config")
+    if cfg and list(classes(own)) != list(classes(cfg)):
         raise UserError(f"{path}: was trained for other classes: {', '.join(classes(own))}")
+    if which not in saved:
+        return None, saved
+    model = build_segmenter(num_classes=len(classes(own)), **own.model | {"weights": None})
+    load_exactly(model, saved[which], path)
     return model, saved
 
 
@@ -348,16 +312,15 @@ def load_exactly(module, state, origin):
     """Load a state dict that fits, else raise a UserError: `origin`, and the keys that do not."""
     own = module.state_dict()
     both = own.keys() & state.keys()
-    shapes = {k: [list(getattr(x[k], "shape", "?")) for x in (state, own)] for k in both}
     faults = {
         "lacks": own.keys() - state.keys(),
         "has unknown": state.keys() - own.keys(),
-        "is not finite in": [k for k in shapes if not state[k].isfinite().all()],
-        "differs in shape:": [f"{k} is {a}, not {b}" for k, (a, b) in shapes.items() if a != b],
+        "differs in the shape of": {key for key in both if state[key].shape != own[key].shape},
+        "is not finite in": {key for key in both if not state[key].isfinite().all()},
     }
     for fault, keys in faults.items():
         if keys:
-            named = ", ".join(sorted(keys)[:5]) + f" and {len(keys) - 5} more" * (len(keys) > 5)
+            named = one_line(f"{len(keys)} entries, {', '.join(sorted(keys))}")
             raise UserError(f"{origin}: {fault} {named}; it does not fit this network")
     module.load_state_dict(state)
 

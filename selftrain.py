@@ -9,8 +9,9 @@ import math
 import torch
 from torch.utils.data import StackDataset
 
+import models
 from augment import class_mix, cross_domain_mix, strong_view
-from datasets import Crops, Images, RecalibrationImages, Whole, loader, translated_images
+from datasets import Crops, Images, Whole, loader, recalibration_crops, translated_images
 from engine.command import arguments, command
 from engine.files import find
 from engine.folders import Aligned
@@ -27,14 +28,6 @@ from losses import (
     symmetric_distillation,
 )
 from metrics import finish, predictions, validate
-from models import (
-    build_optimizer,
-    ema_update,
-    load_segmenter,
-    make_teacher,
-    require_sizes,
-    set_learning_rate,
-)
 from settings import classes, load_config
 
 SCALES = (1.0, 0.5)  # of the probability labels; centroids of target images are taken at the last
@@ -71,13 +64,13 @@ def train(run, init, folder):
     batch, rare = options.batch, cfg.rare_classes
     source_crops = Crops(cfg, run.stage, "source", source, batch, total, rare=rare, aligned=aligned)
     both = {"source": source, "target": target}
-    recalibration = RecalibrationImages(run, batch, cfg.bn_recalibrate, **both)
+    recalibration = recalibration_crops(cfg, batch, cfg.bn_recalibrate, **both)
     val = Images(cfg, "val", labelled=True) if cfg.val_every else None
 
     # student, teacher, optimizer, centroids
-    student = run.place(require_sizes(load_segmenter(init, cfg)[0], cfg, 3 * n))
-    teacher = make_teacher(student)
-    optimizer = build_optimizer(student, cfg.optimizer)
+    student = run.place(models.load_segmenter(init, cfg)[0])
+    teacher = models.make_teacher(student)
+    optimizer = models.build_optimizer(student, cfg.optimizer)
     centroids = Centroids(len(names), student.channels, options.momentum).to(run.device)
     state = {"student": student, "teacher": teacher, "optimizer": optimizer}
 
@@ -106,8 +99,8 @@ def train(run, init, folder):
     crops = StackDataset(source=source_crops, target=target_crops)
     batches = loader(run, crops, run.first * source_crops.batch_size, n)
     for step, parts in run.steps(batches, total):
-        set_learning_rate(optimizer, step, total, cfg.optimizer)
-        ema_update(teacher, student, step, cfg.ema_limit)
+        models.set_learning_rate(optimizer, step, total, cfg.optimizer)
+        models.ema_update(teacher, student, step, cfg.ema_limit)
         target_means, source_means = [], []
         for batch in parts:
             of_source, of_target = batch["source"], batch["target"]

@@ -4,18 +4,7 @@ import math
 from pathlib import Path
 
 from engine import config
-from engine.config import (
-    NULL,
-    TEXT,
-    choice,
-    either,
-    integer,
-    mapping,
-    number,
-    one_line,
-    require,
-    sequence,
-)
+from engine.config import COUNT, NUMBER, TEXT, either, list_of, one_line, one_of, require
 
 DEFAULTS = Path(__file__).parent / "config.yaml"
 # Cityscapes' 19 classes in order: colour; id in Cityscapes and GTA5, in SYNTHIA, ids in Mapillary
@@ -51,42 +40,55 @@ def classes(cfg):
     return {name: tuple(colour) for name, colour in cfg.classes.items()}
 
 
+# ids -> the values that are ignored unless a class has them; the column of CITYSCAPES with these
+NAMED_IDS = {
+    "cityscapes": ([*range(35), 255], 1),
+    "synthia": (range(23), 2),
+    "mapillary": (range(66), 3),
+}
+
+
 def label_values(ids, names):
     """Return what each label value of a dataset means: value -> class number, or 255 (ignored).
 
-    ids: "cityscapes", "synthia", "mapillary", "index" (value k is class k), "train_ids" (0 to 18
-    are Cityscapes' 19 classes), or a mapping from value to class name or None (ignored).
+    ids: a name of NAMED_IDS, "index" (value k is class k), "train_ids" (0 to 18 are Cityscapes' 19
+    classes), or a mapping from value to class name or None (ignored).
     names: the trained classes in order; a class that is not among them is ignored.
     A value that is missing from the result is an error in the data.
     """
+    if ids in ("train_ids", "index"):
+        own = dict(enumerate(CITYSCAPES if ids == "train_ids" else names)) | {255: None}
+    elif isinstance(ids, str):
+        values, column = NAMED_IDS[ids]
+        own = dict.fromkeys(values)
+        for name, row in CITYSCAPES.items():
+            values = row[column] if isinstance(row[column], tuple) else [row[column]]
+            own |= dict.fromkeys(values, name)
+    else:
+        own = ids
     number_of = {name: k for k, name in enumerate(names)}
-    if ids == "cityscapes":
-        own = {value: name for name, (_, value, _, _) in CITYSCAPES.items()}
-        ids = dict.fromkeys([*range(35), 255]) | own
-    elif ids == "synthia":
-        own = {value: name for name, (_, _, value, _) in CITYSCAPES.items()}
-        ids = dict.fromkeys(range(23)) | own
-    elif ids == "mapillary":
-        own = {value: name for name, row in CITYSCAPES.items() for value in row[3]}
-        ids = dict.fromkeys(range(66)) | own
-    elif ids == "train_ids":
-        ids = dict(enumerate(CITYSCAPES)) | {255: None}
-    elif ids == "index":
-        ids = dict(enumerate(names)) | {255: None}
-    return {value: number_of.get(name, 255) for value, name in ids.items()}
+    return {value: number_of.get(name, 255) for value, name in own.items()}
 
 
-# layout: folder of images; folders of labels, of which the first that exists is used; what ends the
-# stem of an image's and of a label's name (labelIds become labelTrainIds where ids = train_ids)
+# layout -> pairs of patterns below `root`, of images and of their labels; the first pair with files
+# counts. A * stands for the same text in both, over folders too. Without an extension: any.
 LAYOUTS = {
-    "gta5": ("images", ["labels"], "", ""),
-    "synthia": ("RGB", ["GT/LABELS"], "", ""),
-    "cityscapes": ("leftImg8bit/{split}", ["gtFine/{split}"], "_leftImg8bit", "_gtFine_labelIds"),
-    "acdc": ("rgb_anon/{split}", ["gt/{split}"], "_rgb_anon", "_gt_labelIds"),
-    "dark_zurich": ("rgb_anon/{split}/night", ["gt/{split}/night"], "_rgb_anon", "_gt_labelIds"),
-    "bdd100k": ("images/{split}", ["labels/{split}", "gtFine/{split}"], "", "_train_id"),
-    "folder": ("{split}/images", ["{split}/labels"], "", ""),
-    "flat": ("{split}", ["{split}/../labels"], "", ""),
+    "gta5": [("images/*", "labels/*")],
+    "synthia": [("RGB/*", "GT/LABELS/*")],
+    "cityscapes": [("leftImg8bit/{split}/*_leftImg8bit", "gtFine/{split}/*_gtFine_labelIds")],
+    "acdc": [("rgb_anon/{split}/*_rgb_anon", "gt/{split}/*_gt_labelIds")],
+    "dark_zurich": [("rgb_anon/{split}/night/*_rgb_anon", "gt/{split}/night/*_gt_labelIds")],
+    "bdd100k": [
+        ("images/10k/{split}/*", "labels/sem_seg/masks/{split}/*"),
+        ("images/{split}/*", "labels/{split}/*_train_id"),
+        ("images/{split}/*", "gtFine/{split}/*_train_id"),
+    ],
+    "mapillary": [
+        ("{split}/images/*", "{split}/v1.2/labels/*"),
+        ("{split}/images/*", "{split}/labels/*"),
+    ],
+    "folder": [("{split}/images/*", "{split}/labels/*")],
+    "flat": [("{split}/*", "{split}/../labels/*")],
 }
 
 # ---------------------------------------------------------------- the keys of a configuration
@@ -97,61 +99,73 @@ OWN_NETWORKS = {}  # name -> function, of models.register
 
 
 def _is_network(name):
-    known = name in NETWORKS or name in OWN_NETWORKS
-    return known or (isinstance(name, str) and name.count("/") == 2 and name.startswith("smp/"))
+    is_smp = isinstance(name, str) and name.startswith("smp/") and name.count("/") == 2
+    return is_smp or name in (*NETWORKS, *OWN_NETWORKS)
 
 
 def _is_name(name):
     return TEXT[1](name) and all(c.isalnum() or c in "-_." for c in name) and name[-1] != "."
 
 
-SHARE, STEPS, POSITIVE = number(0, 1), integer(1), number(1e-12)
+def _maps(keys, values, least=1, most=65536):
+    """Return the test of a mapping whose keys and values follow two rules."""
+
+    def test(tree):
+        right = isinstance(tree, dict) and least <= len(tree) <= most
+        return right and all(map(keys[1], tree)) and all(map(values[1], tree.values()))
+
+    return test
+
+
+def _from(low, step=1):
+    words = f"an integer from {low}" if step == 1 else f"a multiple of {step}, from {low}"
+    return words, lambda v: COUNT[1](v) and v >= low and v % step == 0
+
+
+SHARE = ("a number from 0 to 1", lambda v: NUMBER[1](v) and v <= 1)
+ABOVE_0 = ("a number above 0", lambda v: NUMBER[1](v) and v > 0)
 NAME = ("a name of letters, digits, - _ .", _is_name)
-OWN = (f"{' | '.join(NETWORKS)}, smp/ARCHITECTURE/ENCODER, or registered", _is_network)
-SIZE = sequence(integer(8), 2, 2)
-COLOUR = sequence(integer(0, 255), 3, 3)
-LABELS = ("consensus", "online", "probability", "feature")
-WHOLE = ("classes", "ids", "subsets")  # their mappings are one value
+TEXT_OR_NULL = either(TEXT, one_of(None))
+SIZE = list_of(_from(8), 2, 2)
+BYTE = ("an integer from 0 to 255", lambda v: COUNT[1](v) and v <= 255)
+COLOURS = ("2 to 254 names with colours [r, g, b]", _maps(TEXT, list_of(BYTE, 3, 3), 2, 254))
+PATTERN = ("a pattern with a *", lambda v: TEXT[1](v) and "*" in v)
+PATTERNS = ("{images: PATTERN, labels: PATTERN}", _maps(one_of("images", "labels"), PATTERN, 2))
+VALUES = ("a mapping from label value to class or null", _maps(COUNT, TEXT_OR_NULL))
+WHOLE = ("classes", "layout", "ids", "subsets")  # their mappings are one value
 # key.sub or key -> rule, where the type of config.yaml's value does not say what a value may be
 RULES = {
     "name": NAME,
-    "stages": sequence(choice(*STAGES)),
-    "device": choice("auto", "cpu", "cuda"),
-    "precision": choice("auto", "bf16", "fp16", "fp32"),
-    "workers": either(choice("auto"), integer(0, 256)),
-    "classes": either(
-        choice("cityscapes"),
-        sequence(choice(*CITYSCAPES), 2),
-        mapping(TEXT, COLOUR, 2, 254),  # 255 is ignored, in 8 bits
-    ),
-    "layout": choice(*LAYOUTS),
-    "ids": either(
-        choice("cityscapes", "synthia", "mapillary", "train_ids", "index"),
-        mapping(integer(0, 65535), either(TEXT, NULL)),
-    ),
-    "sizes": sequence(SIZE, 1),
-    "size": either(SIZE, NULL),
+    "stages": list_of(one_of(*STAGES), 0),
+    "device": one_of("auto", "cpu", "cuda"),
+    "precision": one_of("auto", "bf16", "fp16", "fp32"),
+    "workers": either(one_of("auto"), COUNT),
+    "classes": either(one_of("cityscapes"), list_of(one_of(*CITYSCAPES), 2), COLOURS),
+    "layout": either(one_of(*LAYOUTS), PATTERNS),
+    "ids": either(one_of(*NAMED_IDS, "train_ids", "index"), VALUES),
+    "sizes": list_of(SIZE),
+    "size": either(SIZE, one_of(None)),
     "crop": SIZE,
-    "translation.crop": sequence(integer(32, step=4), 2, 2),
-    "tile": sequence(integer(32, step=32), 2, 2),
-    "batch": sequence(integer(0, 4096), 1),
-    "network": OWN,
-    "output_stride": choice(8, 16),
-    "channels": integer(32, step=32),
-    "filters": integer(4),
-    "supervised": choice("ce", "ohem"),
-    "optimizer.name": choice("sgd", "adamw"),
-    "bn_recalibrate": sequence(choice("source", "target")),
-    "centroids": choice("crdomix", "target"),
-    "labels": choice(*LABELS),
-    "scales": sequence(number(0.05, 4), 1),
-    "subsets": mapping(NAME, sequence(TEXT, 1), low=0),
-    **dict.fromkeys(("split", "list", "val.root", "images", "weights"), either(TEXT, NULL)),
-    **dict.fromkeys(("min_scale", "max_class_share", "layer_decay"), number(0.01, 1)),
+    "translation.crop": list_of(_from(32, 4), 2, 2),
+    "tile": list_of(_from(32, 32), 2, 2),
+    "batch": list_of(COUNT),
+    "network": (f"{' | '.join(NETWORKS)}, smp/ARCHITECTURE/ENCODER, or registered", _is_network),
+    "output_stride": one_of(8, 16),
+    "channels": _from(32, 32),
+    "filters": _from(4),
+    "supervised": one_of("ce", "ohem"),
+    "optimizer.name": one_of("sgd", "adamw"),
+    "bn_recalibrate": list_of(one_of("source", "target"), 0),
+    "centroids": one_of("crdomix", "target"),
+    "labels": one_of("consensus", "online", "probability", "feature"),
+    "scales": list_of(ABOVE_0),
+    "subsets": ("a mapping from name to classes", _maps(NAME, list_of(TEXT), 0)),
+    **dict.fromkeys(("split", "list", "val.root", "images", "weights"), TEXT_OR_NULL),
     **dict.fromkeys(("ema_limit", "strong", "momentum"), SHARE),
-    **dict.fromkeys(("lr_head", "translation.lr"), POSITIVE),
-    **dict.fromkeys(("accumulate", "steps", "rounds", "blocks", "bn_images"), STEPS),
-    **dict.fromkeys(("log_every", "pictures_every", "save_every"), STEPS),
+    **dict.fromkeys(("min_scale", "max_class_share", "layer_decay"), SHARE),
+    **dict.fromkeys(("lr_head", "translation.lr"), ABOVE_0),
+    **dict.fromkeys(("accumulate", "steps", "rounds", "blocks", "bn_images"), _from(1)),
+    **dict.fromkeys(("log_every", "pictures_every", "save_every"), _from(1)),
 }
 
 
@@ -166,24 +180,22 @@ def load_config(path, overrides=()):
 def load_saved(tree, overrides, origin):
     """Return the Config of a tree, or of a YAML file, that a run of any release has written.
 
-    Keys that are newer than the run have the values of config.yaml; older ones that are gone are
-    left out. Raises UserError.
+    Keys that are newer than the run have the values of config.yaml; keys that have gone are left
+    out. Raises UserError.
     """
+
+    def known(tree, defaults):
+        kept = {key: value for key, value in tree.items() if key in defaults}
+        for key in kept.keys() - {"more_val", *WHOLE}:
+            if isinstance(kept[key], dict):
+                kept[key] = known(kept[key], defaults[key])
+        return kept
+
     tree = tree if isinstance(tree, dict) else config.read(tree)
     defaults = config.read(DEFAULTS)
-    tree = config.merge(defaults, _known(tree, defaults), WHOLE)
+    tree = config.merge(defaults, known(tree, defaults), WHOLE)
     tree["compile"] = tree["compile"] is True  # it could be auto
     return checked(tree, overrides, origin)
-
-
-def _known(tree, defaults):
-    """Return a tree without the keys that `defaults` lacks; names of more_val are the user's."""
-    kept = {}
-    for key, value in tree.items():
-        if key in defaults:
-            nested = isinstance(value, dict) and key not in ("more_val", *WHOLE)
-            kept[key] = _known(value, defaults[key]) if nested else value
-    return kept
 
 
 def checked(tree, overrides, origin):
@@ -193,8 +205,8 @@ def checked(tree, overrides, origin):
     """
     tree, example = config.override(tree, overrides, WHOLE), config.read(DEFAULTS)
     more = tree.get("more_val")
-    is_known = isinstance(more, dict) and all(map(NAME[1], more))
-    require(is_known, origin, "more_val", more, "map names to datasets, each with the keys of val")
+    must = "map names to datasets, each with the keys of val"
+    require(isinstance(more, dict) and all(map(NAME[1], more)), origin, "more_val", more, must)
     example["more_val"] = dict.fromkeys(more, example["val"])
     cfg = config.check(tree, example, RULES, origin)
     _check_classes(cfg, origin)
@@ -206,33 +218,28 @@ def _check_classes(cfg, origin):
     names = classes(cfg)
     differ = cfg.classes == "cityscapes" or len(set(names.values())) == len(cfg.classes)
     require(differ, origin, "classes", cfg.classes, "differ in their names and colours")
-    known = f"name one of the classes: {one_line(', '.join(names))}"
-    datasets = {key: cfg[key] for key in ("source", "target", "val")}
-    datasets |= {f"more_val.{key}": spec for key, spec in cfg.more_val.items()}
-    for domain, spec in datasets.items():
-        wanted = spec.ids.values() if isinstance(spec.ids, dict) else ()
-        unknown = [name for name in wanted if name is not None and name not in names]
-        require(not unknown, origin, f"{domain}.ids", unknown, known)
-    for key, wanted in cfg.evaluation.subsets.items():
-        unknown = [name for name in wanted if name not in names]
-        require(not unknown, origin, f"evaluation.subsets.{key}", unknown, known)
+    named = {f"evaluation.subsets.{key}": found for key, found in cfg.evaluation.subsets.items()}
+    for key, spec in config.flat(cfg, WHOLE).items():
+        if key.endswith(".ids") and isinstance(spec, dict):
+            named[key] = spec.values()
+    for key, found in named.items():
+        unknown = [name for name in found if name not in (None, *names)]
+        must = f"name one of the classes: {one_line(', '.join(names))}"
+        require(not unknown, origin, key, unknown, must)
     scored = cfg.val.root or not cfg.val_every
     require(scored, origin, "val_every", cfg.val_every, "be 0 without val.root")
 
 
 def _check_sizes(cfg, origin):
-    for section, crop_key, crop, domains in (
-        ("translation", "translation.crop", cfg.translation.crop, ("source", "target")),
-        ("warmup", "crop", cfg.crop, ("source",)),
-        ("selftrain", "crop", cfg.crop, ("source", "target")),
-    ):
-        batch = cfg[section].batch
-        require(sum(batch) > 0, origin, f"{section}.batch", batch, "hold at least one image")
-        for domain in domains:
-            sizes = cfg[domain].sizes
-            rises = sizes == sorted(sizes, key=math.prod)
-            require(rises, origin, f"{domain}.sizes", sizes, "be in ascending order")
+    for domain in ("source", "target"):
+        sizes = cfg[domain].sizes
+        rises = sizes == sorted(sizes, key=math.prod)
+        require(rises, origin, f"{domain}.sizes", sizes, "be in ascending order")
+        for key, crop in (("crop", cfg.crop), ("translation.crop", cfg.translation.crop)):
+            fits = all(c <= s for size in sizes for c, s in zip(crop, size, strict=True))
+            require(fits, origin, key, crop, f"fit into every one of {domain}.sizes {sizes}")
+        for section in ("translation", "warmup", "selftrain"):
+            batch = cfg[section].batch
+            require(sum(batch) > 0, origin, f"{section}.batch", batch, "hold at least one image")
             count = f"have one count for each of {domain}.sizes {sizes}"
             require(len(batch) == len(sizes), origin, f"{section}.batch", batch, count)
-            fits = all(c <= s for size in sizes for c, s in zip(crop, size, strict=True))
-            require(fits, origin, crop_key, crop, f"fit into every one of {domain}.sizes {sizes}")

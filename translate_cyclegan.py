@@ -6,19 +6,15 @@ A CycleGAN (Zhu et al., ICCV 2017) with a loss that keeps borders between classe
 that the source's labels stay valid. Only G: source -> target is used afterwards.
 """
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import StackDataset, Subset
 
-from datasets import Crops, Images, Whole, loader
+from datasets import Crops, Images, Whole, loader, translated_images
 from engine.command import arguments, command
-from engine.config import UserError
 from engine.files import load_tensors
-from engine.folders import Aligned
-from engine.images import image_writer, read_image
+from engine.images import image_writer
 from engine.log import progress
 from engine.loop import Run, micro_batch_size
 from engine.processes import all_gather_rows, decided_by_first, rank, world
@@ -37,22 +33,18 @@ def main():
     # what the networks of later stages need for their memory, CycleGAN's batch of 1 cannot do
     cfg.accumulate = min(cfg.accumulate, sum(cfg.translation.batch))
     run = Run(cfg, "translator", "translation")
-    options = cfg.translation
-    source = Images(cfg, "source", labelled=options.images is None and options.weights is None)
-    if options.images:
-        remedy = "translation.images must hold every source image"
-        Aligned(options.images, source.names, read_image, remedy)
-        print(f"translator: {len(source)} translated images are in {options.images}")
+    source = Images(cfg, "source", labelled=cfg.translation.images is None)
+    if cfg.translation.images:
+        translated_images(cfg, source)
+        print(f"translator: {len(source)} translated images are in {cfg.translation.images}")
         return
-    if not options.weights and not run.is_finished(args.force):
+    if not run.is_finished(args.force):
         train(run, source)
-    weights = options.weights or run.result
-    write(run, run.place(load_generator(weights)), source, weights)
+    write(run, source)
 
 
 def train(run, source):
     cfg, options, total = run.cfg, run.cfg.translation, run.cfg.translation.steps
-
     n, batch_size = micro_batch_size(cfg, "translation"), sum(options.batch)
 
     # data
@@ -62,10 +54,9 @@ def train(run, source):
 
     # generators, discriminators, optimizers
     generators = [Generator(options.filters, options.blocks).apply(init_gan) for _ in range(2)]
-    to_target, to_source = map(run.place, generators)
     discriminators = [Discriminator(options.filters).apply(init_gan) for _ in range(2)]
-    judges = nn.ModuleList(map(run.place, discriminators))
-    is_target, is_source = judges
+    to_target, to_source = map(run.place, generators)
+    is_target, is_source = judges = nn.ModuleList(map(run.place, discriminators))
     pool_target, pool_source = (run.place(Pool(options.crop)) for _ in range(2))
     # fused on a GPU: with another Adam, the scaler of fp16 reads back in every step
     adam = {"lr": options.lr, "betas": (0.5, 0.999), "fused": run.device.type == "cuda"}
@@ -125,26 +116,21 @@ def train(run, source):
 
 
 @torch.no_grad()
-def write(run, generator, source, weights):
-    """Write translated/NAME.jpg for every source image, of the same size.
+def write(run, source):
+    """Write translated/NAME.jpg for every source image, of the same size, with the stage's result.
 
     JPEG takes a third of a PNG's disk space and of its decoding, which is most of a sample's time.
-    Images that were written after the weights are left alone, in whatever format.
+    Images that were written after the result are left alone.
     """
-    folder, made = run.folder / "translated", Path(weights).stat().st_mtime
+    folder, made = run.folder / "translated", run.result.stat().st_mtime
     paths = [(folder / name).with_suffix(".jpg") for name in source.names]
 
     def choose():
-        """Return the images to write; older files go, also those of an earlier format."""
-        todo = []
-        for i, name in enumerate(source.names):
-            files = [path for path in {paths[i], folder / name} if path.exists()]
-            if not any(path.stat().st_mtime >= made for path in files):
-                todo.append(i)
-                for path in files:
-                    path.unlink(missing_ok=True)
-        return todo
+        return [i for i, p in enumerate(paths) if not p.exists() or p.stat().st_mtime < made]
 
+    generator = Generator(run.cfg.translation.filters, run.cfg.translation.blocks)
+    load_exactly(generator, load_tensors(run.result).get("generator", {}), run.result)
+    generator = run.place(generator)
     todo = decided_by_first(choose)  # before another process writes one of them
     images = loader(run, Subset(Whole(source), todo))
     with image_writer() as write_image:
@@ -188,9 +174,6 @@ class Pool(nn.Module):
             if place < POOL:
                 self.images[place] = image
         return torch.stack(answer[rank() * size : (rank() + 1) * size])
-
-
-# ---------------------------------------------------------------- networks
 
 
 def layer(conv, reflect=0, activation=None):
@@ -250,21 +233,6 @@ def init_gan(module):
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
-
-
-def load_generator(path):
-    """Return the generator in a translator.pth or a latest_net_G_A.pth. Raises UserError."""
-    saved = load_tensors(path)
-    state = {k.removeprefix("module."): v for k, v in saved.get("generator", saved).items()}
-    blocks = len({key.split(".")[1] for key in state if ".conv_block." in key})
-    if "model.1.weight" not in state or not blocks:
-        raise UserError(f"{path}: no CycleGAN ResNet generator; see translation.weights")
-    # old PyTorch versions saved statistics of instance norm, which nothing reads
-    unused = ("running_mean", "running_var", "num_batches_tracked")
-    state = {k: v for k, v in state.items() if not k.endswith(unused)}
-    generator = Generator(state["model.1.weight"].shape[0], blocks)
-    load_exactly(generator, state, path)
-    return generator
 
 
 if __name__ == "__main__":

@@ -5,20 +5,13 @@ python warmup.py --cfg config.yaml
 
 import torch
 
+import models
 from augment import cross_domain_mix
-from datasets import Crops, Images, RecalibrationImages, loader, translated_images
+from datasets import Crops, Images, loader, recalibration_crops, translated_images
 from engine.command import arguments, command
 from engine.loop import Run, micro_batch_size
 from losses import ohem_loss, supervised_loss, symmetric_distillation
 from metrics import finish, validate
-from models import (
-    build_optimizer,
-    build_segmenter,
-    ema_update,
-    make_teacher,
-    require_sizes,
-    set_learning_rate,
-)
 from settings import classes, load_config
 
 
@@ -41,14 +34,13 @@ def train(run):
     aligned = {"translated": translated_images(cfg, source)} if options.crdomix else {}
     batch, rare = options.batch, cfg.rare_classes
     crops = Crops(cfg, run.stage, "source", source, batch, total, rare=rare, aligned=aligned)
-    recalibration = RecalibrationImages(run, batch, cfg.bn_recalibrate, source=source)
+    recalibration = recalibration_crops(cfg, batch, cfg.bn_recalibrate, source=source)
     val = Images(cfg, "val", labelled=True) if cfg.val_every else None
 
     # student, teacher, optimizer
-    student = build_segmenter(num_classes=len(names), **cfg.model)
-    student = run.place(require_sizes(student, cfg, 2 * n))
-    teacher = make_teacher(student)
-    optimizer = build_optimizer(student, cfg.optimizer)
+    student = run.place(models.build_segmenter(num_classes=len(names), **cfg.model))
+    teacher = models.make_teacher(student)
+    optimizer = models.build_optimizer(student, cfg.optimizer)
     run.resume(student=student, teacher=teacher, optimizer=optimizer)
 
     # training
@@ -56,8 +48,8 @@ def train(run):
     supervised = {"ce": supervised_loss, "ohem": ohem_loss}[cfg.supervised]
     batches = loader(run, crops, run.first * crops.batch_size, n)
     for step, parts in run.steps(batches, total):
-        set_learning_rate(optimizer, step, total, cfg.optimizer)
-        ema_update(teacher, student, step, cfg.ema_limit)
+        models.set_learning_rate(optimizer, step, total, cfg.optimizer)
+        models.ema_update(teacher, student, step, cfg.ema_limit)
         for batch in parts:
             x_s, y_s, draws = batch["image"], batch["label"], batch["draws"]
             size = y_s.shape[-2:]

@@ -11,6 +11,13 @@ from engine import files, processes
 from engine.config import UserError
 
 LESS_MEMORY = "raise accumulate, lower crop or evaluation.tile, or set model.output_stride=16"
+ONE_IMAGE = "this network's batch norm takes no batch of one image"
+# what PyTorch says where the input is to blame -> the line for it
+PYTORCH = {
+    "MemoryError": f"there is not enough memory; {LESS_MEMORY}",
+    "can't allocate memory": f"there is not enough memory; {LESS_MEMORY}",
+    "more than 1 value per channel": f"{ONE_IMAGE}; raise warmup.batch and selftrain.batch",
+}
 
 
 class Stopped(Exception):
@@ -37,10 +44,11 @@ def command(main):
         sys.exit(tell(f"the GPU's memory is not enough; {LESS_MEMORY}", 2))
     except OSError as error:
         sys.exit(tell(f"{error.filename or 'disk'}: {files.reason(error)}", 2))
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
-            raise
-        sys.exit(tell(f"there is not enough memory; {LESS_MEMORY}", 2))
+    except (MemoryError, RuntimeError, ValueError) as error:
+        for words, remedy in PYTORCH.items():
+            if words in f"{type(error).__name__}: {error}":
+                sys.exit(tell(remedy, 2))
+        raise
     finally:
         files.unlock_all()
         if dist.is_initialized():

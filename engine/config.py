@@ -35,55 +35,28 @@ EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
 Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+0123456789"))
 
 
-# ---------------------------------------------------------------- rules
+NUMBER = ("a number from 0", lambda v: type(v) in (int, float) and 0 <= v < 1e9)
+COUNT = ("an integer from 0", lambda v: type(v) is int and 0 <= v < 2**31)
+TEXT = ("text", lambda v: isinstance(v, str) and v == v.strip() != "" and v.isprintable())
 
 
-def integer(low, high=2**31 - 1, step=1):
-    words = f"an integer from {low}" if step == 1 else f"a multiple of {step} from {low}"
-    return words, lambda v: type(v) is int and low <= v <= high and v % step == 0
-
-
-def number(low, high=1e9):
-    words = f"a number from {low:g}" + (f" to {high:g}" if high < 1e9 else "")
-    return words, lambda v: type(v) in (int, float) and low <= v <= high
-
-
-def choice(*options):
+def one_of(*options):
     words = " | ".join(map(str, options))
     return words, lambda v: any(type(v) is type(option) and v == option for option in options)
-
-
-def sequence(rule, low=0, high=10**6):
-    words = f"a list of {low if low == high else f'{low} or more'}, each {rule[0]}"
-    return words, lambda v: isinstance(v, list) and low <= len(v) <= high and all(map(rule[1], v))
-
-
-def mapping(key, value, low=1, high=10**6):
-    def test(tree):
-        right = isinstance(tree, dict) and low <= len(tree) <= high
-        return right and all(map(key[1], tree)) and all(map(value[1], tree.values()))
-
-    return f"a mapping of {low} or more, from {key[0]} to {value[0]}", test
 
 
 def either(*rules):
     return ", or ".join(words for words, _ in rules), lambda v: any(test(v) for _, test in rules)
 
 
-NULL = choice(None)
-TEXT = ("text", lambda v: isinstance(v, str) and v == v.strip() != "" and v.isprintable())
+def list_of(rule, low=1, high=10**6):
+    words = f"a list of {low if low == high else f'{low} or more'}, each {rule[0]}"
+    return words, lambda v: isinstance(v, list) and low <= len(v) <= high and all(map(rule[1], v))
 
 
 def rule_of(default):
     """Return the rule that a value like `default` follows."""
-    if isinstance(default, bool):
-        return choice(True, False)
-    if isinstance(default, list):
-        return "a list", lambda v: isinstance(v, list)
-    return {int: integer(0), float: number(0), str: TEXT}[type(default)]
-
-
-# ---------------------------------------------------------------- reading
+    return {bool: one_of(True, False), int: COUNT, float: NUMBER, str: TEXT}[type(default)]
 
 
 def plain(config):
@@ -149,9 +122,6 @@ def override(tree, overrides, whole=()):
     return tree
 
 
-# ---------------------------------------------------------------- checking
-
-
 def flat(tree, whole=(), prefix=""):
     """Return a nested dict as key.sub -> value; the mappings of `whole` keys are one value."""
     values = {}
@@ -167,25 +137,24 @@ def check(tree, example, rules, origin, prefix=""):
     rules: key.sub or key -> rule, where the example's type does not say what a value must be.
     """
     checked = Config()
-    for key in example:
+    for key, default in example.items():
         if key not in tree:
             fault = f"{prefix}{key} is missing; start from config.yaml with `base:`"
             raise UserError(f"{origin}: {fault}")
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if key not in example:
-            near = difflib.get_close_matches(str(key), example, 1, 0)[0]
-            fault = f"unknown key {one_line(name)} = {one_line(value)}"
-            raise UserError(f"{origin}: {fault}; the nearest is {prefix}{near}")
+        name, value = f"{prefix}{key}", tree[key]
         rule = rules.get(name) or rules.get(key)
-        if isinstance(example[key], dict) and not rule:
-            must = f"hold the keys {', '.join(example[key])}"
-            require(isinstance(value, dict), origin, name, value, must)
-            value = check(value, example[key], rules, origin, f"{name}.")
-        else:
-            words, holds = rule or rule_of(example[key])
+        if rule or not isinstance(default, dict):
+            words, holds = rule or rule_of(default)
             require(holds(value), origin, name, value, f"be {words}")
+        else:
+            must = f"hold the keys {', '.join(default)}"
+            require(isinstance(value, dict), origin, name, value, must)
+            value = check(value, default, rules, origin, f"{name}.")
         checked[key] = os.path.expanduser(value) if isinstance(value, str) else value  # noqa: PTH111
+    for key in tree.keys() - example.keys():
+        near = difflib.get_close_matches(str(key), example, 1, 0)[0]
+        fault = f"unknown key {one_line(f'{prefix}{key} = {tree[key]}')}"
+        raise UserError(f"{origin}: {fault}; the nearest is {prefix}{near}")
     return checked
 
 

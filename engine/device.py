@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -19,10 +20,11 @@ def choose(name, precision):
 
     "auto": a GPU (under torchrun, of the local rank) where there is one; the fastest dtype it has.
     """
-    if name == "cuda" and not torch.cuda.is_available():
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
         raise UserError("device = cuda: PyTorch finds no GPU here; use device=auto or device=cpu")
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if has_gpu else "cpu"
     if name == "cuda" and world() > 1:
         local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= count:
@@ -55,21 +57,18 @@ def environment(device):
     import numpy as np
     import torchvision
 
-    here = Path(__file__).parent
-    try:
-        asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True)
-        commit = asked.stdout.decode().strip() or None
-    except OSError:
-        commit = None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    ask = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": False}
+    git = shutil.which("git")
+    commit = git and subprocess.run([git, "rev-parse", "HEAD"], **ask).stdout.strip()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
-        "commit": commit,
+        "commit": commit or None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "numpy": np.__version__,
         "opencv": cv2.__version__,
-        "device": name or platform.machine(),
+        "device": name,
         "cores": os.cpu_count(),
         "processes": world(),
     }

@@ -35,17 +35,17 @@ def write_atomically(path, write):
         raise UserError(f"{path}: cannot be written: {reason(error)}") from error
 
 
+def write_text(path, text):
+    """Write a UTF-8 text file atomically. Raises UserError."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def reason(error):
     """Return what an error of the system says, and what to do about it."""
     words = getattr(error, "strerror", None) or one_line(str(error).strip().rpartition("\n")[2])
     is_place = isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT)
     remedy = "make it a place to read and write, or give another" if is_place else "free disk space"
     return f"{words}; {remedy}, then run the same command again"
-
-
-def write_text(path, text):
-    """Write a UTF-8 text file atomically. Raises UserError."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def load_tensors(path):
@@ -75,22 +75,22 @@ def require_same(path, saved, cfg, section, inputs):
 
     inputs: file name -> digest. Of the stages' sections (with `steps`), only `section` counts.
     """
-    old, digests = saved.get("config", {}), saved.get("inputs", {})
-    old, new = flat(old), flat(cfg)
+    old, new = flat(saved.get("config", {})), flat(cfg)
     changes = []
     for key, value in new.items():
         top = key.partition(".")[0]
         of_another_stage = f"{top}.steps" in new and top != section
         if top not in FREE_KEYS and not of_another_stage and old.get(key, value) != value:
-            changes.append(f"another {key}: {one_line(repr(old[key]))} instead of {value}")
+            changes.append(f"{key} = {one_line(old[key])} instead of {one_line(value)}")
     for name, digest in inputs.items():
-        if digests.get(name) != digest:
+        if saved.get("inputs", {}).get(name) != digest:
             changes.append(f"another {name} than the one that is there now")
     if changes:
-        raise UserError(f"{path}: was made with {changes[0]}; give --force or another name=...")
+        fault = f"was made with {one_line(', '.join(changes))}"
+        raise UserError(f"{path}: {fault}; give --force or another name=...")
 
 
-def lock(folder, stage):
+def lock(folder):
     """Create a run's folder and lock it until unlock_all. Raises UserError if it is locked."""
     if folder in locks:
         return

@@ -2,13 +2,11 @@
 
 import functools
 import os
+import re
 import sys
 from pathlib import Path
 
-import cv2
-import numpy as np
-
-from engine.config import UserError, one_line
+from engine.config import UserError
 from engine.images import read_image
 from engine.processes import rank
 
@@ -37,41 +35,6 @@ class Folder:
         return read_image(self.folder / self.names[i])
 
 
-class Video:
-    """The frames of a video file; fast where they are read in order.
-
-    rate: frames per second. size: (H, W). Raises UserError for a file that OpenCV cannot play.
-    """
-
-    labelled = False
-
-    def __init__(self, path):
-        self.path = Path(path)
-        self.capture = cv2.VideoCapture(str(path))
-        self.rate = self.capture.get(cv2.CAP_PROP_FPS) or 25
-        count = 0
-        while self.capture.grab():  # the count in the file's header is an estimate
-            count += 1
-        if not count:
-            raise UserError(f"{path}: no folder of images, and no video that OpenCV plays")
-        self.names = [f"{self.path.stem}_{i:06d}.png" for i in range(count)]
-        self.next = count
-        self.size = self.image(0).shape[:2]
-        self.next, self.capture = count, None  # a capture cannot be sent to a DataLoader worker
-
-    def __len__(self):
-        return len(self.names)
-
-    def image(self, i):
-        """Return frame i, RGB uint8 (H, W, 3)."""
-        if i < self.next:
-            self.next, self.capture = 0, cv2.VideoCapture(str(self.path))
-        while self.next < i:
-            self.next += self.capture.grab()
-        self.next += 1
-        return np.ascontiguousarray(self.capture.read()[1][..., ::-1])
-
-
 class Aligned:
     """Files that belong to images by their names: calling it with i reads the file for names[i].
 
@@ -79,11 +42,11 @@ class Aligned:
     """
 
     def __init__(self, folder, names, read, remedy):
-        there = {stem_of(name): Path(folder) / name for name in list_images(folder)}
-        missing = next((name for name in names if stem_of(name) not in there), None)
-        if missing is not None:
-            raise UserError(f"{Path(folder) / missing}: is missing; {remedy}")
-        self.paths, self.read = [there[stem_of(name)] for name in names], read
+        there = {Path(name).with_suffix(""): Path(folder) / name for name in list_images(folder)}
+        self.paths, self.read = [there.get(Path(name).with_suffix("")) for name in names], read
+        if None in self.paths:
+            name = names[self.paths.index(None)]
+            raise UserError(f"{Path(folder) / name}: is missing; {remedy}")
 
     def __call__(self, i):
         return self.read(self.paths[i])
@@ -92,12 +55,12 @@ class Aligned:
 def list_images(folder):
     """Return the paths of all image files below a folder, relative to it, sorted.
 
-    Links are followed; hidden files are left out. Raises UserError for an unreadable folder, and
-    where two images differ in their extension only.
+    Links are followed; hidden files are left out. Raises UserError where two images differ in their
+    extension only.
     """
     names = {}
-    for path, folders, files in os.walk(folder, onerror=_unreadable, followlinks=True):
-        below = Path(path).relative_to(folder).as_posix()
+    for path, folders, files in os.walk(folder, followlinks=True):
+        below = os.path.relpath(path, folder).replace(os.sep, "/")
         place = "" if below == "." else f"{below}/"
         folders[:] = [x for x in folders if x[0] != "."]
         for file in files:
@@ -111,36 +74,18 @@ def list_images(folder):
     return sorted(names.values())
 
 
-def _unreadable(error):
-    if Path(error.filename).is_dir():
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); allow it")
+def matching(root, pattern):
+    """Return the folder before a pattern's first *, and the images below that match it.
 
-
-def stem_of(name):
-    return name.rpartition(".")[0]
-
-
-def narrow(names, path, folder):
-    """Return the names that a list file asks for.
-
-    Each line is a path that ends with a name; what follows a space is a label's path.
+    The images: path relative to the folder -> the texts that stand for each *, folders included. A
+    pattern without an extension matches any.
     """
-    usage = f"one path a line, relative to {folder}"
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: this list of images cannot be read ({error})") from error
-    known, wanted = set(names), set()
-    for line in filter(str.strip, lines):
-        parts = (line if line in known else line.split()[0]).split("/")
-        ends = ("/".join(parts[i:]) for i in range(len(parts)))
-        name = next((end for end in ends if end in known), None)
-        if name is None:
-            raise UserError(f"{path}: names {one_line(line)}; {usage}")
-        wanted.add(name)
-    if not wanted:
-        raise UserError(f"{path}: names no image; {usage}")
-    return [name for name in names if name in wanted]
+    start = pattern[: pattern.index("*")].rpartition("/")[0]
+    folder, rest = Path(root) / start, pattern[len(start) :].lstrip("/")
+    ending = "" if Path(rest).suffix.lower() in EXTENSIONS else r"\.\w+"
+    expression = re.compile(re.escape(rest).replace(r"\*", "(.*)") + ending)
+    matches = {name: expression.fullmatch(name) for name in list_images(folder)}
+    return folder, {name: match.groups() for name, match in matches.items() if match}
 
 
 def require_same_size(path, array, image_path, image):

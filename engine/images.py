@@ -6,7 +6,7 @@ pixel is ignored. Colours are a dict: class name -> (r, g, b), in the order of t
 
 import contextlib
 import io
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -37,13 +37,13 @@ def read_label(path, red_only=False):
     red_only: of a colour image, its red channel, where SYNTHIA has classes. Raises UserError.
     """
     data = _read(path)
-    png = data.startswith(PNG_SIGNATURE)
+    is_png = data.startswith(PNG_SIGNATURE)
     if data.startswith(b"\xff\xd8"):
         raise UserError(f"{path}: is a JPEG, which changes values next to edges; write PNG instead")
-    if png and data[25:26] == b"\x03":  # with a palette: OpenCV would return its colours
+    if is_png and data[25:26] == b"\x03":  # with a palette: OpenCV would return its colours
         return _decode(path, data)
     values = _decode(path, data, cv2.IMREAD_UNCHANGED)
-    if png and data[24] < 8 and values.ndim == 2:  # OpenCV spreads 1, 2 and 4 bits over 0 ... 255
+    if is_png and data[24] < 8 and values.ndim == 2:  # OpenCV spreads 1, 2, 4 bits over 0 ... 255
         values = values // (255 // (2 ** data[24] - 1))
     if red_only and values.ndim == 3:
         values = np.ascontiguousarray(values[..., 2])
@@ -74,8 +74,7 @@ def _decode(path, data, flags=None):
         fault = "is broken, empty, too large, or not an image"
         raise UserError(f"{path}: {fault}; restore the file or remove it")
     if min(image.shape[:2]) < 8:
-        fault = "is {1}x{0} pixels, too few for a network".format(*image.shape)
-        raise UserError(f"{path}: {fault}; remove it")
+        raise UserError(f"{path}: is too small for a network ({image.shape[:2]}); remove it")
     return image
 
 
@@ -103,29 +102,9 @@ def image_writer():
         if len(pending) > 8:
             pending.pop(0).result()
 
-    try:
-        yield write
-    finally:
-        wait(pending)
+    yield write
     for result in pending:
         result.result()
-
-
-@contextlib.contextmanager
-def video_writer(path, rate, size):
-    """Context manager: append RGB frames of `size` (H, W) to an MP4 file. Raises UserError."""
-    temporary = Path(path).with_name(f".{Path(path).stem}.partial.mp4")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), rate, size[::-1])
-    if not writer.isOpened():
-        raise UserError(f"{path}: cannot be written; check the disk and OpenCV's video support")
-    try:
-        yield lambda frame: writer.write(frame[..., ::-1])
-        writer.release()
-        temporary.replace(path)
-    finally:
-        writer.release()
-        temporary.unlink(missing_ok=True)
 
 
 def resize(array, size, labels=False):

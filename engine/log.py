@@ -66,34 +66,34 @@ class Figures:
         sums = processes.sum_over_processes(torch.stack(sums)).view(-1, 2).tolist()
         sums = dict(zip(self.recent, sums, strict=True))
         self.recent, figures, done = {}, _means(sums), step - self.written
-        for name, value in figures.items():
-            if not math.isfinite(value):
-                fault = f"{name} became {value} in the {done} steps before step {step}"
+        for name, (above, below) in sums.items():
+            if not math.isfinite(figures[name]):
+                fault = f"{name} became {figures[name]} in the {done} steps before step {step}"
                 remedy = "lower optimizer.lr_backbone and lr_head, or use precision=fp32"
                 raise UserError(f"{self.stage}: {fault}; the last checkpoint is kept; {remedy}")
-        for name, (above, below) in sums.items():
             old = self.overall.get(name, [0, 0])
             self.overall[name] = [old[0] + above, old[1] + below]
             if rank() == 0:
                 self.writer.add_scalar(f"{self.stage}/{name}", figures[name], step)
         rate = done * self.images / (time.perf_counter() - self.started)
         self.written, self.started = step, time.perf_counter()
-        text, left = _in_words(figures), (self.total - step) * self.images / rate / 60
+        text = "  ".join(f"{name} {value:.3g}" for name, value in figures.items())
         self.bar.set_postfix_str(text)
         if self.bar.disable:
+            left = (self.total - step) * self.images / rate / 60
             speed = f"{rate:.1f} img/s  {left:.1f} min left"
             print(f"{self.stage} {step}/{self.total}  {text}  {speed}", flush=True)
-        more = {"images_per_second": round(rate, 2), "memory_gb": memory_gb(self.device)}
-        write_log(self.folder, self.stage, step=step, **_rounded(figures), **more)
+        figures |= {"images_per_second": rate, "memory_gb": memory_gb(self.device)}
+        write_log(self.folder, self.stage, step=step, **figures)
 
     def finish(self, result):
         """Write the means over the whole stage."""
         self.bar.close()
         if rank() == 0:
             self.writer.close()
-        means = _rounded(_means(self.overall))
+        means = _means(self.overall)
         write_log(self.folder, self.stage, finished=self.total, **means, seconds=self.seconds())
-        print(f"{self.stage}: wrote {result}  {_in_words(means)}")
+        print(f"{self.stage}: wrote {result}")
 
     def show(self, step, colours, pictures):
         """Write the first of each batch to TensorBoard and to samples/STAGE/NAME.png.
@@ -115,21 +115,10 @@ class Figures:
 def write_log(folder, stage, **figures):
     """Append a line to the run's log.jsonl, in rank 0."""
     if rank() == 0:
-        with (folder / "log.jsonl").open("ab+") as file:
-            file.seek(max(file.tell() - 1, 0))
-            if file.read() not in (b"", b"\n"):  # a full disk or a crash has left half a line
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
-            file.write((json.dumps({"stage": stage, **figures}) + "\n").encode())
+        short = {key: float(f"{x:.6g}") if type(x) is float else x for key, x in figures.items()}
+        with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": stage, **short}) + "\n")
 
 
 def _means(sums):
     return {name: above / max(below, 1e-12) for name, (above, below) in sums.items()}
-
-
-def _rounded(figures):
-    return {name: float(f"{value:.6g}") for name, value in figures.items()}
-
-
-def _in_words(figures):
-    return "  ".join(f"{name} {value:.3g}" for name, value in figures.items())

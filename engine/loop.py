@@ -1,6 +1,5 @@
-"""One stage at work in the folder of its run: what it resumes, its steps, log and checkpoints."""
+"""One stage at work in the folder of its run: what it resumes, its steps and checkpoints."""
 
-import functools
 import hashlib
 import json
 import signal
@@ -41,15 +40,13 @@ class Run:
         self.figures = Figures(self.folder, stage, self.device)
         self.networks = []  # whose gradients are averaged over processes
         self.inputs = {}  # file name -> digest; rank 0 alone reads and saves them
-        self.force, self.resumes = False, True  # whether --force was given; whether it is resumed
+        self.force = False  # whether --force was given
         self.first, self.total = 0, 0  # the steps that were done before, and all of them
         self.state = {}  # name -> what a checkpoint holds
         self.done, self.shows = 0, False  # steps with this one; whether it shows pictures
         torch.backends.cudnn.benchmark = True
         torch.manual_seed(cfg.seed)
         cv2.setNumThreads(1)
-
-    # ------------------------------------------------------------ networks
 
     def autocast(self):
         """Return a context in which networks compute in the run's precision."""
@@ -78,33 +75,29 @@ class Run:
         self.networks.append(network)
         return network
 
-    # ------------------------------------------------------------ files
-
     def is_finished(self, force, inputs=()):
         """Lock the run's folder; return whether the stage's result is there. Raises UserError.
 
         inputs: files of earlier stages. force: make a result that replaces it once it is finished.
         """
-        self.force, look = force, functools.partial(self._look, force, inputs)
-        finished, self.resumes = processes.decided_by_first(look)
-        return finished
+        self.force = force
+        return processes.decided_by_first(lambda: self._look(inputs))
 
-    def _look(self, force, inputs):
-        """Return whether the stage is finished, and whether its unfinished checkpoint counts."""
-        files.lock(self.folder, self.stage)
+    def _look(self, inputs):
+        files.lock(self.folder)
         for path in filter(Path.is_file, map(Path, inputs)):
             self.inputs[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-        finished = self.result.exists() and not force
+        finished = self.result.exists() and not self.force
         path = self.result if finished else self.unfinished
-        if not path.exists():
-            return False, False
-        saved = files.load_tensors(path)
-        if force and not saved.get("forced"):
-            return False, False
-        files.require_same(path, saved, self.cfg, self.section, self.inputs)
+        if path.exists():
+            saved = files.load_tensors(path)
+            if self.force and not saved.get("forced"):  # of another attempt
+                path.unlink()
+            else:
+                files.require_same(path, saved, self.cfg, self.section, self.inputs)
         if finished:
             print(f"{self.stage}: {path} is finished; --force makes it anew")
-        return finished, True
+        return finished
 
     def resume(self, **state):
         """Load the unfinished checkpoint into `state`; return whether there was one.
@@ -112,7 +105,7 @@ class Run:
         state: name -> what has a state_dict; later checkpoints hold it. Raises UserError.
         """
         self.state = state | {"scaler": self.scaler}
-        if not self.resumes or not self.unfinished.exists():
+        if not self.unfinished.exists():
             return False
         saved = files.load_tensors(self.unfinished)
         try:
@@ -147,20 +140,17 @@ class Run:
             self.unfinished.unlink(missing_ok=True)
         self.figures.finish(self.result)
 
-    # ------------------------------------------------------------ steps
-
     def steps(self, batches, total):
         """Yield (step, parts) for each step up to `total`; log, save and stop between steps.
 
         parts: this process's micro-batches, on the device; torch is seeded before each. After
         SIGINT or SIGTERM in any process, save after the step and raise Stopped.
         """
-        self.total, received = total, []
-        numbers = signal.SIGINT, signal.SIGTERM
+        self.total, received, numbers = total, [], (signal.SIGINT, signal.SIGTERM)
         handlers = [signal.signal(n, lambda number, _: received.append(number)) for n in numbers]
-        images = batches.batch_size * world() * self.cfg.accumulate
-        self._describe()
-        self.figures.start(self.first, total, images)
+        if rank() == 0:
+            self._describe()
+        self.figures.start(self.first, total, batches.batch_size * world() * self.cfg.accumulate)
         batches = iter(batches)
         try:
             for step in range(self.first, total):
@@ -194,12 +184,11 @@ class Run:
         torch.manual_seed(int(sequence.generate_state(place + 1)[place]))
 
     def _describe(self):
-        """Write config.yaml, as resolved, and environment.json into the folder, in rank 0."""
-        if rank() == 0:
-            environment = json.dumps(device.environment(self.device), indent=1)
-            files.write_text(self.folder / "environment.json", environment + "\n")
-            config = yaml.safe_dump(plain(self.cfg), sort_keys=False)
-            files.write_text(self.folder / "config.yaml", config)
+        """Write config.yaml, as resolved, and environment.json into the folder."""
+        environment = json.dumps(device.environment(self.device), indent=1) + "\n"
+        files.write_text(self.folder / "environment.json", environment)
+        config = yaml.safe_dump(plain(self.cfg), sort_keys=False)
+        files.write_text(self.folder / "config.yaml", config)
 
     def backward(self, loss):
         """Add the gradients of a micro-batch's loss."""

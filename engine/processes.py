@@ -35,8 +35,8 @@ def loader_workers(asked):
     """
     if asked != "auto":
         return asked
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1), 8)
+    share = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(max(share, 1), 8)
 
 
 def sum_over_processes(tensor):
@@ -71,26 +71,20 @@ def all_gather_rows(rows):
 
 
 def in_batch_order(results):
-    """Yield the tuples of tensors that all processes made of a loader's batches, in batch order."""
+    """Return the tuples of tensors that all processes made of batches, in batch order."""
     if world() == 1:
-        yield from results
-        return
+        return results
     shares = [None] * world()
     dist.all_gather_object(shares, [[tensor.cpu() for tensor in result] for result in results])
-    for n in range(sum(map(len, shares))):
-        yield shares[n % world()][n // world()]
+    return (shares[n % world()][n // world()] for n in range(sum(map(len, shares))))
 
 
 def decided_by_first(decide):
     """Return what decide() returns in rank 0, in every process."""
-    if world() == 1:
-        return decide()
     answer = [decide() if rank() == 0 else None]
-    dist.broadcast_object_list(answer)
+    if world() > 1:
+        dist.broadcast_object_list(answer)
     return answer[0]
-
-
-# ---------------------------------------------------------------- networks
 
 
 def parallel(network, has_unused):
@@ -108,19 +102,16 @@ def parallel(network, has_unused):
 def accumulating(networks):
     """Return a context in which the gradients of `networks` are not averaged yet."""
     contexts = contextlib.ExitStack()
-    for network in networks:
-        if isinstance(network, nn.parallel.DistributedDataParallel):
-            contexts.enter_context(network.no_sync())
+    for network in networks if world() > 1 else ():
+        contexts.enter_context(network.no_sync())
     return contexts
 
 
 def synchronise_batchnorm(network):
     """Return the network with nn.SyncBatchNorm in place of batch norm. Raises UserError."""
-    if world() == 1:
-        return network
-    for name, module in network.named_modules():
+    for name, module in network.named_modules() if world() > 1 else ():
         is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
         if is_norm and type(module) is not nn.BatchNorm2d:
             fault = f"{name} is a {type(module).__name__}, which several GPUs cannot share"
             raise UserError(f"model.network: {fault}; use one GPU, or another network")
-    return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(network) if world() > 1 else network

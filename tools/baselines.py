@@ -18,20 +18,13 @@ import math
 import torch
 from torch.utils.data import StackDataset
 
+import models
 from augment import class_mix, strong_view
-from datasets import Crops, Images, RecalibrationImages, loader
+from datasets import Crops, Images, loader, recalibration_crops
 from engine.command import arguments, command
 from engine.loop import Run, micro_batch_size
 from losses import confident_share, ohem_loss, probability_labels, supervised_loss
 from metrics import finish, validate
-from models import (
-    build_optimizer,
-    build_segmenter,
-    ema_update,
-    make_teacher,
-    require_sizes,
-    set_learning_rate,
-)
 from settings import classes, load_config
 
 PLAIN = ("source_only", "oracle")  # no strong views, no target
@@ -72,14 +65,13 @@ def train(run, method):
     if adapts:
         images["target"] = Images(cfg, "target", labelled=False)
         crops["target"] = Crops(cfg, run.stage, "target", images["target"], batch, total)
-    recalibration = RecalibrationImages(run, batch, domains, **images)
+    recalibration = recalibration_crops(cfg, batch, domains, **images)
     val = Images(cfg, "val", labelled=True) if cfg.val_every else None
 
     # student, teacher, optimizer
-    student = build_segmenter(num_classes=len(names), **cfg.model)
-    student = run.place(require_sizes(student, cfg, n))
-    teacher = make_teacher(student)
-    optimizer = build_optimizer(student, cfg.optimizer)
+    student = run.place(models.build_segmenter(num_classes=len(names), **cfg.model))
+    teacher = models.make_teacher(student)
+    optimizer = models.build_optimizer(student, cfg.optimizer)
     run.resume(student=student, teacher=teacher, optimizer=optimizer)
 
     # training
@@ -87,8 +79,8 @@ def train(run, method):
     supervised = {"ce": supervised_loss, "ohem": ohem_loss}[cfg.supervised]
     batches = loader(run, StackDataset(**crops), run.first * sum(batch), n)
     for step, parts in run.steps(batches, total):
-        set_learning_rate(optimizer, step, total, cfg.optimizer)
-        ema_update(teacher, student, step, cfg.ema_limit)
+        models.set_learning_rate(optimizer, step, total, cfg.optimizer)
+        models.ema_update(teacher, student, step, cfg.ema_limit)
         for part in parts:
             x_s, y_s, draws = (part["labelled"][key] for key in ("image", "label", "draws"))
             views = [strong_view(x_s, draws, STRONG) if method == "source_strong" else x_s]

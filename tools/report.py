@@ -83,24 +83,18 @@ def read_run(folder):
         results[stage] = BLANK | entry | {"iou": entry.get("iou") or {}}
     read = {"results": results, "log": read_log(folder / "log.jsonl"), "environment": {}}
     if environment.is_file():
-        read["environment"] = read_json(environment.read_bytes(), environment)
+        read["environment"] = read_results(environment)
     return {"folder": folder, "config": load_saved(config, (), config), **read}
-
-
-def read_json(data, origin):
-    """Return the JSON object in bytes. Raises UserError."""
-    try:
-        return json.loads(data)
-    except ValueError as error:
-        raise UserError(f"{origin}: is damaged, remove it ({error})") from error
 
 
 def read_log(path):
     """Return log.jsonl by stage: (lines of the steps in order, the line that ended it or None)."""
-    log, data = {}, path.read_bytes() if path.is_file() else b""
-    # the last line is empty, or half a line of a process that was killed
-    for number, line in enumerate(data.split(b"\n")[:-1], 1):
-        entry = read_json(line, f"{path}: line {number}")
+    log, lines = {}, path.read_bytes().split(b"\n") if path.is_file() else []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:  # nothing, or half a line of a process that was killed
+            continue
         steps, finished = log.get(entry["stage"], ([], None))
         if "finished" in entry:
             finished = entry
