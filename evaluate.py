@@ -5,8 +5,7 @@ python evaluate.py --weights runs/NAME/selftrain.pth   # with the checkpoint's c
 python evaluate.py --weights runs/NAME/selftrain.pth evaluation.scales=[1.0,0.5]
 python evaluate.py --weights runs/NAME/selftrain.pth --images FOLDER_OR_VIDEO --out DIR
 
-Scores go to results.json in the run's folder (without --cfg: the checkpoint's folder), pictures to
-predictions/ and overlays/ beside it, or into DIR.
+Scores go to results.json in the run's folder (without --cfg: the checkpoint's), pictures beside it.
 """
 
 import contextlib
@@ -15,7 +14,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from torch.utils.data import Subset
 
 from datasets import Images, Whole
 from engine.command import arguments, command
@@ -29,7 +27,6 @@ from metrics import ConfusionMatrix, agreement, predictions
 from models import load_segmenter
 from settings import classes, label_values, load_config, load_saved
 
-COMPARED = 50  # images of the target on which networks are compared without labels
 UNSURE = 1  # a smaller difference in agreement says nothing: the later stage is preferred then
 # the table's order, with the other methods of tools.baselines before DiGA's stages
 STAGES = ("source_only", "source_strong", "dacs", "daformer", "mic")
@@ -150,22 +147,18 @@ def evaluate(run, path, datasets, out, args):
         if whole.images.labelled and teacher is not None:
             scores["teacher_miou"] = segment(run, teacher, whole, key)["miou"]
         if key == first and not (args.images or args.weights):
-            scores |= without_labels(run, student)
+            scores["agreement"] = agreement(run, run.place(student))
         if scores and rank() == 0:
             scores["dataset"] = key
             scores["split"] = cfg.more_val.get(key, cfg.get(key)).split
             scores["scales"] = cfg.evaluation.scales
             scores["weights"] = "best_on_val" if stage.endswith("_best_on_val") else "last"
             scores["step"] = saved.get("step")
-            add_result(run.folder / "results.json", stage, scores)
-
-
-def add_result(path, stage, scores):
-    """Write a stage's scores into results.json, in the order of the stages."""
-    text, results = json.dumps(scores), read_results(path)
-    results[stage] = json.loads(text, parse_float=lambda digits: round(float(digits), 3))
-    order = sorted(results, key=[*STAGES, *results].index)
-    write_text(path, json.dumps({name: results[name] for name in order}, indent=1) + "\n")
+            results, text = read_results(run.folder / "results.json"), json.dumps(scores)
+            results[stage] = json.loads(text, parse_float=lambda digits: round(float(digits), 3))
+            order = sorted(results, key=[*STAGES, *results].index)
+            text = json.dumps({name: results[name] for name in order}, indent=1)
+            write_text(run.folder / "results.json", text + "\n")
 
 
 def segment(run, model, whole, key, out=None, stage=None, args=None):
@@ -205,20 +198,10 @@ def segment(run, model, whole, key, out=None, stage=None, args=None):
     return matrix.scores(names, how.subsets, dataset)
 
 
-def without_labels(run, model):
-    """Return a model's agreement on images of the target, {} where these are not there."""
-    cfg = run.cfg
-    if not Path(cfg.target.root).is_dir():
-        return {}
-    whole = Whole(Images(cfg, "target", labelled=False), cfg.target.sizes[-1])
-    some = np.unique(np.linspace(0, len(whole) - 1, COMPARED, dtype=int)).tolist()
-    return {"agreement": agreement(run, run.place(model), Subset(whole, some))}
-
-
 def advice(results):
     """Return a line that says which network to use, judged without labels; "" for less than two."""
-    found = {stage: entry.get("agreement") for stage, entry in results.items() if stage != "oracle"}
-    found = {stage: x for stage, x in found.items() if x is not None}
+    found = {stage: entry.get("agreement") for stage, entry in results.items()}
+    found = {stage: x for stage, x in found.items() if x is not None and stage != "oracle"}
     if len(found) < 2:
         return ""
     best = [stage for stage, x in found.items() if x >= max(found.values()) - UNSURE][-1]

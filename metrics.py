@@ -2,12 +2,16 @@
 
 import copy
 import functools
+import itertools
 import math
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.data import Subset
 
-from datasets import Whole, loader
+from datasets import Images, Whole, loader
 from engine.config import UserError
 from engine.files import load_tensors
 from engine.log import progress, write_log
@@ -16,7 +20,7 @@ from losses import probability_labels, upsample
 from models import recalibrate_batchnorm
 from settings import classes
 
-SCALES = (1.0, 0.5)  # of agreement
+SCALES, COMPARED = (1.0, 0.5), 50  # of agreement: scales, number of images
 
 
 class ConfusionMatrix:
@@ -68,25 +72,20 @@ def at_scales(model, images, scales):
 def sliding_window(model, images, window):
     """Return a tuple of the logits (1, K, H, W) of an image (1, 3, H, W), averaged over windows.
 
-    window: the largest (H, W); its longer side goes along the image's. Windows cover the image,
-    neighbours share at least a quarter. With one, return the model's own output.
+    window: the largest (H, W); its longer side goes along the image's. Neighbours share at least a
+    quarter. With one window, return the model's own output.
     """
     size = images.shape[-2:]
     limits = sorted(window, reverse=size[0] > size[1])
-    h, w = (min(pair) for pair in zip(size, limits, strict=True))
-    counts = [
-        math.ceil((side / part - 1) * 4 / 3) + 1 for side, part in zip(size, (h, w), strict=True)
-    ]
-    if counts == [1, 1]:
+    (h, tops), (w, lefts) = map(_windows, size, limits)
+    if len(tops) == len(lefts) == 1:
         return model(images)
     total, count = 0, images.new_zeros(size)
-    for top in torch.linspace(0, size[0] - h, counts[0]).int().tolist():
-        for left in torch.linspace(0, size[1] - w, counts[1]).int().tolist():
-            part = (..., slice(top, top + h), slice(left, left + w))
-            logits = upsample(model(images[part])[0], (h, w))
-            around = left, size[1] - w - left, top, size[0] - h - top
-            total = total + F.pad(logits, around)
-            count[part] += 1
+    for top, left in itertools.product(tops, lefts):
+        part = (..., slice(top, top + h), slice(left, left + w))
+        logits = upsample(model(images[part])[0], (h, w))
+        total = total + F.pad(logits, (left, size[1] - w - left, top, size[0] - h - top))
+        count[part] += 1
     return (total / count,)
 
 
@@ -113,14 +112,18 @@ def predictions(run, model, whole, scales, tile=None):
         yield sample, probability_labels(logits, sample["shape"])[0], outputs
 
 
-def agreement(run, model, whole):
+def agreement(run, model):
     """Return a score that needs no labels: the percentage of pixels of one class at both SCALES.
 
-    Both predictions are at the file's size. whole: a datasets.Whole, or a part of one. It ranks
+    On COMPARED images of the target, at the files' sizes; None where they are not there. It ranks
     networks of one target as mIoU does, but for small differences: see docs/results.md.
     """
+    if not Path(run.cfg.target.root).is_dir():
+        return None
+    whole = Whole(Images(run.cfg, "target", labelled=False), run.cfg.target.sizes[-1])
+    some = np.unique(np.linspace(0, len(whole) - 1, COMPARED, dtype=int)).tolist()
     counts = torch.zeros(2, dtype=torch.int64, device=run.device)
-    for sample, _, outputs in predictions(run, model, whole, SCALES):
+    for sample, _, outputs in predictions(run, model, Subset(whole, some), SCALES):
         full, half = (probability_labels([x], sample["shape"]) for x, *_ in outputs)
         counts[0] += (full == half).sum()
         counts[1] += full.numel()

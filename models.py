@@ -71,10 +71,7 @@ class Head(nn.Module):
 def build_segmenter(network, num_classes, output_stride=8, channels=256, weights=None, auxiliary=0):
     """Return a Segmenter by its name. Raises UserError where its weights are missing or do not fit.
 
-    network: "deeplab_v2_resnet101", a resnet or mobilenet_v2 of torchvision,
-    smp/ARCHITECTURE/ENCODER of segmentation-models-pytorch, or a name that `register` was given.
-    weights of the backbone: "imagenet" (downloaded once), a file, or None (random).
-    auxiliary: weight of the auxiliary classifier's loss; with 0 there is no such classifier.
+    For the arguments see `model` in config.yaml; with auxiliary=0 there is no auxiliary classifier.
     """
     if network.startswith("smp/"):
         backbone, head, classifier, divisor = _smp(network, num_classes, weights)

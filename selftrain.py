@@ -94,7 +94,7 @@ def train(run, init, folder):
     target_crops = Crops(cfg, run.stage, "target", target, batch, total, aligned=aligned)
 
     # training
-    network, teacher_network = run.parallel(student), run.compiled(teacher)
+    network = run.parallel(student)
     supervised = {"ce": supervised_loss, "ohem": ohem_loss}[cfg.supervised]
     crops = StackDataset(source=source_crops, target=target_crops)
     batches = loader(run, crops, run.first * source_crops.batch_size, n)
@@ -111,7 +111,7 @@ def train(run, init, folder):
 
             # the teacher's features of the weak target view give the feature labels
             with torch.no_grad(), run.autocast():
-                outputs = teacher_network(torch.cat([x_s, x_cdm, x_t]))
+                outputs = teacher(torch.cat([x_s, x_cdm, x_t]))
             (t_s, t_cdm, t_t), (_, f_cdm, f_t) = (maps.split(n) for maps in outputs[:2])
             y_f = centroids.assign(f_t, size)
             y_p, w_t = weighted_labels(run, of_target.get("pseudo"), t_t, size)

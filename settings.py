@@ -1,6 +1,7 @@
 """Classes, label values, layouts; what the keys of a configuration may be and what must agree."""
 
 import math
+import re
 from pathlib import Path
 
 from engine import config
@@ -40,12 +41,9 @@ def classes(cfg):
     return {name: tuple(colour) for name, colour in cfg.classes.items()}
 
 
-# ids -> the values that are ignored unless a class has them; the column of CITYSCAPES with these
-NAMED_IDS = {
-    "cityscapes": ([*range(35), 255], 1),
-    "synthia": (range(23), 2),
-    "mapillary": (range(66), 3),
-}
+# ids -> all label values; the column of CITYSCAPES with those that are not ignored
+NAMED_IDS = {"cityscapes": ([*range(35), 255], 1), "synthia": (range(23), 2)}
+NAMED_IDS["mapillary"] = (range(66), 3)
 
 
 def label_values(ids, names):
@@ -103,10 +101,6 @@ def _is_network(name):
     return is_smp or name in (*NETWORKS, *OWN_NETWORKS)
 
 
-def _is_name(name):
-    return TEXT[1](name) and all(c.isalnum() or c in "-_." for c in name) and name[-1] != "."
-
-
 def _maps(keys, values, least=1, most=65536):
     """Return the test of a mapping whose keys and values follow two rules."""
 
@@ -124,14 +118,16 @@ def _from(low, step=1):
 
 SHARE = ("a number from 0 to 1", lambda v: NUMBER[1](v) and v <= 1)
 ABOVE_0 = ("a number above 0", lambda v: NUMBER[1](v) and v > 0)
-NAME = ("a name of letters, digits, - _ .", _is_name)
+WORD = re.compile(r"[\w.-]*\w")
+NAME = ("a name of letters, digits, - _ .", lambda v: isinstance(v, str) and WORD.fullmatch(v))
 TEXT_OR_NULL = either(TEXT, one_of(None))
 SIZE = list_of(_from(8), 2, 2)
 BYTE = ("an integer from 0 to 255", lambda v: COUNT[1](v) and v <= 255)
 COLOURS = ("2 to 254 names with colours [r, g, b]", _maps(TEXT, list_of(BYTE, 3, 3), 2, 254))
 PATTERN = ("a pattern with a *", lambda v: TEXT[1](v) and "*" in v)
 PATTERNS = ("{images: PATTERN, labels: PATTERN}", _maps(one_of("images", "labels"), PATTERN, 2))
-VALUES = ("a mapping from label value to class or null", _maps(COUNT, TEXT_OR_NULL))
+VALUE = ("a label value", lambda v: COUNT[1](v) and v < 65536)
+VALUES = ("a mapping from label value to class or null", _maps(VALUE, TEXT_OR_NULL))
 WHOLE = ("classes", "layout", "ids", "subsets")  # their mappings are one value
 # key.sub or key -> rule, where the type of config.yaml's value does not say what a value may be
 RULES = {
@@ -170,39 +166,26 @@ RULES = {
 
 
 def load_config(path, overrides=()):
-    """Return the checked Config of a YAML file on top of its `base:`, with overrides on top.
-
-    overrides: texts of the form key.sub=value. Raises UserError.
-    """
+    """Return the checked Config of a YAML file, with `key.sub=value` texts on top, or UserError."""
     return checked(config.read(path, WHOLE), overrides, path)
 
 
 def load_saved(tree, overrides, origin):
     """Return the Config of a tree, or of a YAML file, that a run of any release has written.
 
-    Keys that are newer than the run have the values of config.yaml; keys that have gone are left
-    out. Raises UserError.
+    Newer keys have the values of config.yaml, keys that have gone are left out. Raises UserError.
     """
-
-    def known(tree, defaults):
-        kept = {key: value for key, value in tree.items() if key in defaults}
-        for key in kept.keys() - {"more_val", *WHOLE}:
-            if isinstance(kept[key], dict):
-                kept[key] = known(kept[key], defaults[key])
-        return kept
-
-    tree = tree if isinstance(tree, dict) else config.read(tree)
-    defaults = config.read(DEFAULTS)
-    tree = config.merge(defaults, known(tree, defaults), WHOLE)
-    tree["compile"] = tree["compile"] is True  # it could be auto
-    return checked(tree, overrides, origin)
+    tree, defaults = tree if isinstance(tree, dict) else config.read(tree), config.read(DEFAULTS)
+    known = {key: value for key, value in tree.items() if key in defaults}
+    for key, section in known.items():
+        if isinstance(section, dict) and key not in ("more_val", "classes"):
+            known[key] = {k: v for k, v in section.items() if k in defaults[key]}
+    known["compile"] = known.get("compile") is True  # it could be auto
+    return checked(config.merge(defaults, known, WHOLE), overrides, origin)
 
 
 def checked(tree, overrides, origin):
-    """Return the Config of a tree of plain values and overrides.
-
-    origin: where the tree comes from, for messages. Raises UserError.
-    """
+    """Return the Config of a tree of plain values and overrides, or UserError: `origin`, fault."""
     tree, example = config.override(tree, overrides, WHOLE), config.read(DEFAULTS)
     more = tree.get("more_val")
     must = "map names to datasets, each with the keys of val"

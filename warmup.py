@@ -44,7 +44,7 @@ def train(run):
     run.resume(student=student, teacher=teacher, optimizer=optimizer)
 
     # training
-    network, teacher_network = run.parallel(student), run.compiled(teacher)
+    network = run.parallel(student)
     supervised = {"ce": supervised_loss, "ohem": ohem_loss}[cfg.supervised]
     batches = loader(run, crops, run.first * crops.batch_size, n)
     for step, parts in run.steps(batches, total):
@@ -60,7 +60,7 @@ def train(run):
             # the teacher comes first, while the student's activations do not take memory yet
             with run.autocast():
                 with torch.no_grad():
-                    teacher_logits = teacher_network(views)[0].split(n)
+                    teacher_logits = teacher(views)[0].split(n)
                 logits, _, auxiliary = network(views)
             z_s, z_cdm = logits.split(n)
 

@@ -18,7 +18,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def choose(name, precision):
     """Return the device and the dtype that cfg.device and cfg.precision name. Raises UserError.
 
-    "auto": a GPU (under torchrun, of the local rank) where there is one; the fastest dtype it has.
+    "auto": a GPU where there is one; the fastest dtype that it has.
     """
     has_gpu = torch.cuda.is_available()
     if name == "cuda" and not has_gpu:
@@ -57,12 +57,13 @@ def environment(device):
     import numpy as np
     import torchvision
 
-    ask = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": False}
-    git = shutil.which("git")
-    commit = git and subprocess.run([git, "rev-parse", "HEAD"], **ask).stdout.strip()
+    commit = None
+    if git := shutil.which("git"):
+        ask = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": False}
+        commit = subprocess.run([git, "rev-parse", "HEAD"], **ask).stdout.strip() or None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
-        "commit": commit or None,
+        "commit": commit,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -76,11 +77,8 @@ def environment(device):
 
 def memory_gb(device):
     """Return the peak memory in GiB, of the GPU or of this process; None where none is known."""
-    status = Path("/proc/self/status")
     if device.type == "cuda":
-        size = torch.cuda.max_memory_allocated(device)
-    elif status.is_file():
-        size = 2**10 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text(encoding="utf-8"))[1])
-    else:
-        return None
-    return round(size / 2**30, 3)
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+    status = Path("/proc/self/status")
+    peak = re.search(r"VmHWM:\s+(\d+)", status.read_text("utf-8")) if status.is_file() else None
+    return peak and round(int(peak[1]) / 2**20, 3)

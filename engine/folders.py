@@ -22,8 +22,7 @@ class Folder:
     labelled = False
 
     def __init__(self, folder):
-        self.folder = Path(folder)
-        self.names = list_images(folder)
+        self.folder, self.names = Path(folder), list_images(folder)
         if not self.names:
             raise UserError(f"{folder}: no such folder of images, or there are none in it")
 
@@ -42,11 +41,11 @@ class Aligned:
     """
 
     def __init__(self, folder, names, read, remedy):
-        there = {Path(name).with_suffix(""): Path(folder) / name for name in list_images(folder)}
-        self.paths, self.read = [there.get(Path(name).with_suffix("")) for name in names], read
+        paths = {Path(name).with_suffix(""): Path(folder) / name for name in list_images(folder)}
+        self.paths, self.read = [paths.get(Path(name).with_suffix("")) for name in names], read
         if None in self.paths:
-            name = names[self.paths.index(None)]
-            raise UserError(f"{Path(folder) / name}: is missing; {remedy}")
+            missing = Path(folder) / names[self.paths.index(None)]
+            raise UserError(f"{missing}: is missing; {remedy}")
 
     def __call__(self, i):
         return self.read(self.paths[i])

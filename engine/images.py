@@ -63,18 +63,15 @@ def _read(path):
 
 def _decode(path, data, flags=None):
     """Decode with OpenCV or, without its flags, with Pillow. Raises UserError."""
-    try:
+    image, small = None, "is too small for a network"
+    with contextlib.suppress(Exception):  # cv2.error; Pillow raises a dozen types
         if flags is None:
             image = np.array(Image.open(io.BytesIO(data)))
         else:
             image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except Exception:  # cv2.error; Pillow raises a dozen types, depending on the damage
-        image = None
-    if image is None:
-        fault = "is broken, empty, too large, or not an image"
+    if image is None or min(image.shape[:2]) < 8:
+        fault = "is broken, empty, too large, or not an image" if image is None else small
         raise UserError(f"{path}: {fault}; restore the file or remove it")
-    if min(image.shape[:2]) < 8:
-        raise UserError(f"{path}: is too small for a network ({image.shape[:2]}); remove it")
     return image
 
 

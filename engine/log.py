@@ -42,8 +42,8 @@ class Figures:
         self.written, self.started = first, time.perf_counter()
         if rank() == 0:
             self.writer = SummaryWriter(self.folder / "tensorboard" / self.stage, purge_step=first)
-        count = {"total": total * images, "initial": first * images}
-        self.bar = progress(unit="img", desc=self.stage, **count)
+        done, desc = first * images, self.stage
+        self.bar = progress(total=total * images, initial=done, unit="img", desc=desc)
 
     def add(self, **figures):
         """Add scalars, to be averaged, or ratios as pairs (numerator, denominator)."""

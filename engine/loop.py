@@ -62,18 +62,11 @@ class Run:
         """Return what a loader yields, on the device."""
         return device.fetch(batch, self.device)
 
-    def compiled(self, network):
-        """Return the network, whose calls are compiled if cfg.compile is true."""
-        if self.cfg.compile:
-            network.compile()
-        return network
-
     def parallel(self, network):
-        """Return the network to train: compiled; its gradients are averaged over processes."""
+        """Return the network to train; its gradients are averaged over processes."""
         has_unused = self.cfg.model.network.startswith("smp/")  # some encoders of it
-        network = processes.parallel(self.compiled(network), has_unused)
-        self.networks.append(network)
-        return network
+        self.networks.append(processes.parallel(network, has_unused))
+        return self.networks[-1]
 
     def is_finished(self, force, inputs=()):
         """Lock the run's folder; return whether the stage's result is there. Raises UserError.
@@ -150,6 +143,9 @@ class Run:
         handlers = [signal.signal(n, lambda number, _: received.append(number)) for n in numbers]
         if rank() == 0:
             self._describe()
+        for network in self.state.values() if self.cfg.compile else ():
+            if isinstance(network, torch.nn.Module):
+                network.compile()
         self.figures.start(self.first, total, batches.batch_size * world() * self.cfg.accumulate)
         batches = iter(batches)
         try:

@@ -24,19 +24,14 @@ def rank():
 
 
 def world():
-    """Return the world size."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def loader_workers(asked):
-    """Return the number of DataLoader workers of this process; "auto" is its share of the cores.
-
-    It is at most 8: a GPU's steps use up what 3 cores load (docs/performance.md).
-    """
-    if asked != "auto":
-        return asked
+    """Return the number of DataLoader workers; "auto" is this process's share of the cores."""
     share = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(max(share, 1), 8)
+    # at most 8, for a GPU's steps use up what 3 cores load (docs/performance.md)
+    return min(max(share, 1), 8) if asked == "auto" else asked
 
 
 def sum_over_processes(tensor):
@@ -49,10 +44,9 @@ def sum_over_processes(tensor):
 
 def max_over_processes(number):
     """Return the maximum of an integer over all processes, reduced on the CPU."""
-    if world() == 1:
-        return number
     number = torch.tensor(number)
-    dist.all_reduce(number, dist.ReduceOp.MAX)
+    if world() > 1:
+        dist.all_reduce(number, dist.ReduceOp.MAX)
     return number.item()
 
 

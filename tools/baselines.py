@@ -75,7 +75,7 @@ def train(run, method):
     run.resume(student=student, teacher=teacher, optimizer=optimizer)
 
     # training
-    network, teacher_network = run.parallel(student), run.compiled(teacher)
+    network = run.parallel(student)
     supervised = {"ce": supervised_loss, "ohem": ohem_loss}[cfg.supervised]
     batches = loader(run, StackDataset(**crops), run.first * sum(batch), n)
     for step, parts in run.steps(batches, total):
@@ -87,7 +87,7 @@ def train(run, method):
             if adapts:
                 x_t, target_draws = part["target"]["image"], part["target"]["draws"]
                 with torch.no_grad(), run.autocast():
-                    teacher_logits, _, _ = teacher_network(x_t)
+                    teacher_logits, _, _ = teacher(x_t)
                 y_t = probability_labels([teacher_logits], x_t.shape[-2:])
                 w_t = confident_share(teacher_logits, x_t.shape[-2:])
                 w_t = w_t[:, None, None].expand(y_t.shape)
