@@ -174,7 +174,7 @@ def segment(run, model, whole, key, out=None, stage=None, args=None):
         if isinstance(images, Video):
             path = out / f"{images.path.stem}_{stage}.mp4"
             append = files.enter_context(film(path, images.rate, images.size))
-        segmented = predictions(run, run.place(model), whole, how.scales, how.tile)
+        segmented = predictions(run, run.place(model), whole, how.scales)
         for sample, prediction, _ in segmented:
             if images.labelled:
                 matrix.update(run.fetch(sample["label"]), prediction)

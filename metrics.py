@@ -1,9 +1,6 @@
-"""Scores with labels and without, predictions at several scales, sliding window, validation."""
+"""Scores with labels and without, predictions at several scales, validation."""
 
 import copy
-import functools
-import itertools
-import math
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +13,7 @@ from engine.config import UserError
 from engine.files import load_tensors
 from engine.log import progress, write_log
 from engine.processes import sum_over_processes
-from losses import probability_labels, upsample
+from losses import probability_labels
 from models import recalibrate_batchnorm
 from settings import classes
 
@@ -61,53 +58,25 @@ class ConfusionMatrix:
 
 def at_scales(model, images, scales):
     """Return the model's outputs for images (B, 3, H, W) scaled by each factor, as a list."""
-
-    def scaled(scale):
+    outputs = []
+    for scale in scales:
         size = [max(round(side * scale), 1) for side in images.shape[-2:]]
-        return F.interpolate(images, size, mode="bilinear", antialias=True)
-
-    return [model(images if scale == 1 else scaled(scale)) for scale in scales]
-
-
-def sliding_window(model, images, window):
-    """Return a tuple of the logits (1, K, H, W) of an image (1, 3, H, W), averaged over windows.
-
-    window: the largest (H, W); its longer side goes along the image's. Neighbours share at least a
-    quarter. With one window, return the model's own output.
-    """
-    size = images.shape[-2:]
-    limits = sorted(window, reverse=size[0] > size[1])
-    (h, tops), (w, lefts) = map(_windows, size, limits)
-    if len(tops) == len(lefts) == 1:
-        return model(images)
-    total, count = 0, images.new_zeros(size)
-    for top, left in itertools.product(tops, lefts):
-        part = (..., slice(top, top + h), slice(left, left + w))
-        logits = upsample(model(images[part])[0], (h, w))
-        total = total + F.pad(logits, (left, size[1] - w - left, top, size[0] - h - top))
-        count[part] += 1
-    return (total / count,)
-
-
-def _windows(side, limit):
-    """Return the length of the windows along a side, and where they begin."""
-    length = min(side, limit)
-    count = math.ceil((side / length - 1) * 4 / 3) + 1
-    return length, torch.linspace(0, side - length, count).int().tolist()
+        scaled = F.interpolate(images, size, mode="bilinear", antialias=True)
+        outputs.append(model(images if scale == 1 else scaled))
+    return outputs
 
 
 @torch.no_grad()
-def predictions(run, model, whole, scales, tile=None):
+def predictions(run, model, whole, scales):
     """Yield (sample, prediction, outputs) for this process's share of a datasets.Whole.
 
     prediction: (H, W) int64 at the file's size. outputs: the model's, one tuple per scale. Both are
-    on the device. tile: the window of larger images; see sliding_window.
+    on the device.
     """
-    network = functools.partial(sliding_window, model, window=tile) if tile else model
     model.eval()
     for sample in progress(loader(run, whole), desc="predictions", unit="img", leave=False):
         with run.autocast():
-            outputs = at_scales(network, run.fetch(sample["image"][None]), scales)
+            outputs = at_scales(model, run.fetch(sample["image"][None]), scales)
         logits = [logits for logits, *_ in outputs]
         yield sample, probability_labels(logits, sample["shape"])[0], outputs
 

@@ -1,6 +1,5 @@
 """Classes, label values, layouts; what the keys of a configuration may be and what must agree."""
 
-import math
 import re
 from pathlib import Path
 
@@ -143,8 +142,7 @@ RULES = {
     "size": either(SIZE, one_of(None)),
     "crop": SIZE,
     "translation.crop": list_of(_from(32, 4), 2, 2),
-    "tile": list_of(_from(32, 32), 2, 2),
-    "batch": list_of(COUNT),
+    "batch": ("a list of counts, not all 0", lambda v: list_of(COUNT)[1](v) and any(v)),
     "network": (f"{' | '.join(NETWORKS)}, smp/ARCHITECTURE/ENCODER, or registered", _is_network),
     "output_stride": one_of(8, 16),
     "channels": _from(32, 32),
@@ -216,13 +214,10 @@ def _check_classes(cfg, origin):
 def _check_sizes(cfg, origin):
     for domain in ("source", "target"):
         sizes = cfg[domain].sizes
-        rises = sizes == sorted(sizes, key=math.prod)
-        require(rises, origin, f"{domain}.sizes", sizes, "be in ascending order")
         for key, crop in (("crop", cfg.crop), ("translation.crop", cfg.translation.crop)):
             fits = all(c <= s for size in sizes for c, s in zip(crop, size, strict=True))
             require(fits, origin, key, crop, f"fit into every one of {domain}.sizes {sizes}")
         for section in ("translation", "warmup", "selftrain"):
             batch = cfg[section].batch
-            require(sum(batch) > 0, origin, f"{section}.batch", batch, "hold at least one image")
             count = f"have one count for each of {domain}.sizes {sizes}"
             require(len(batch) == len(sizes), origin, f"{section}.batch", batch, count)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from engine import files, processes
 from engine.config import UserError
 
-LESS_MEMORY = "raise accumulate, lower crop or evaluation.tile, or set model.output_stride=16"
+LESS_MEMORY = "raise accumulate, lower crop or val.size, or set model.output_stride=16"
 ONE_IMAGE = "this network's batch norm takes no batch of one image"
 # what PyTorch says where the input is to blame -> the line for it
 PYTORCH = {

@@ -27,46 +27,18 @@ def micro_batch_size(cfg, section):
     return sum(batch) // parts
 
 
-class Run:
-    """A stage, which leaves `{stage}.pth` in output/name; section: the key of its part of cfg."""
+class Checkpoints:
+    """What a stage leaves in the folder of its run: `{stage}.pth`, once it is finished."""
 
     def __init__(self, cfg, stage, section):
         self.cfg, self.stage, self.section = cfg, stage, section
         self.folder = Path(cfg.output) / cfg.name
         self.result = self.folder / f"{stage}.pth"
         self.unfinished = self.folder / f"{stage}.unfinished.pth"
-        self.device, self.dtype = device.choose(cfg.device, cfg.precision)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.figures = Figures(self.folder, stage, self.device)
-        self.networks = []  # whose gradients are averaged over processes
         self.inputs = {}  # file name -> digest; rank 0 alone reads and saves them
         self.force = False  # whether --force was given
         self.first, self.total = 0, 0  # the steps that were done before, and all of them
         self.state = {}  # name -> what a checkpoint holds
-        self.done, self.shows = 0, False  # steps with this one; whether it shows pictures
-        torch.backends.cudnn.benchmark = True
-        torch.manual_seed(cfg.seed)
-        cv2.setNumThreads(1)
-
-    def autocast(self):
-        """Return a context in which networks compute in the run's precision."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-    def place(self, module):
-        """Return the module on the device, in channels-last; GPUs share their batch norm."""
-        if self.device.type == "cuda":
-            module = processes.synchronise_batchnorm(module)
-        return module.to(self.device, memory_format=torch.channels_last)
-
-    def fetch(self, batch):
-        """Return what a loader yields, on the device."""
-        return device.fetch(batch, self.device)
-
-    def parallel(self, network):
-        """Return the network to train; its gradients are averaged over processes."""
-        has_unused = self.cfg.model.network.startswith("smp/")  # some encoders of it
-        self.networks.append(processes.parallel(network, has_unused))
-        return self.networks[-1]
 
     def is_finished(self, force, inputs=()):
         """Lock the run's folder; return whether the stage's result is there. Raises UserError.
@@ -132,6 +104,41 @@ class Run:
         if rank() == 0:
             self.unfinished.unlink(missing_ok=True)
         self.figures.finish(self.result)
+
+
+class Run(Checkpoints):
+    """A stage at work; section: the key of its part of cfg."""
+
+    def __init__(self, cfg, stage, section):
+        super().__init__(cfg, stage, section)
+        self.device, self.dtype = device.choose(cfg.device, cfg.precision)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.figures = Figures(self.folder, stage, self.device)
+        self.networks = []  # whose gradients are averaged over processes
+        self.done, self.shows = 0, False  # steps with this one; whether it shows pictures
+        torch.backends.cudnn.benchmark = True
+        torch.manual_seed(cfg.seed)
+        cv2.setNumThreads(1)
+
+    def autocast(self):
+        """Return a context in which networks compute in the run's precision."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def place(self, module):
+        """Return the module on the device, in channels-last; GPUs share their batch norm."""
+        if self.device.type == "cuda":
+            module = processes.synchronise_batchnorm(module)
+        return module.to(self.device, memory_format=torch.channels_last)
+
+    def fetch(self, batch):
+        """Return what a loader yields, on the device."""
+        return device.fetch(batch, self.device)
+
+    def parallel(self, network):
+        """Return the network to train; its gradients are averaged over processes."""
+        has_unused = self.cfg.model.network.startswith("smp/")  # some encoders of it
+        self.networks.append(processes.parallel(network, has_unused))
+        return self.networks[-1]
 
     def steps(self, batches, total):
         """Yield (step, parts) for each step up to `total`; log, save and stop between steps.
