@@ -20,7 +20,7 @@ from engine.folders import (
     warn,
 )
 from engine.images import read_image, read_label, resize, threads
-from engine.processes import decided_by_first, loader_workers, rank, world
+from engine.processes import loader_workers, rank, world
 from settings import LAYOUTS, classes, label_values
 
 IGNORED, NO_CLASS = 255, 254
@@ -29,9 +29,8 @@ IGNORED, NO_CLASS = 255, 254
 class Images(Folder):
     """The images of a dataset and, if `labelled`, their label maps.
 
-    domain: source, target, val or more_val.NAME. Raises UserError for a missing folder, an empty
-    split, an image without a label, a list that names what does not exist, and for what is wrong in
-    any of 256 evenly spaced files; every file is checked again when it is read.
+    domain: source, target, val or more_val.NAME. Raises UserError for what is missing, and for what
+    is wrong in any of 256 evenly spaced files; every file is checked again when it is read.
     """
 
     def __init__(self, cfg, domain, labelled):
@@ -171,8 +170,7 @@ class RareClasses:
             pixels = np.bincount(images.to_classes(values, i).ravel(), minlength=256)
             return pixels[:num_classes] / pixels.sum()
 
-        everywhere = decided_by_first(lambda: list(threads.map(shares, range(len(images)))))
-        everywhere = np.stack(everywhere)
+        everywhere = np.stack(list(threads.map(shares, range(len(images)))))
         frequency = everywhere.sum(0) / max(everywhere.sum(), 1e-12)
         chance = np.exp((1 - frequency) / temperature) * (frequency > 0)
         self.chance = chance / chance.sum()
@@ -193,13 +191,11 @@ class Crops(Dataset):
     [cfg.min_scale, 1], not below the crop. A labelled crop is drawn again, up to 5 times, while one
     class fills more than cfg.max_class_share of it. Flipped with probability 0.5.
 
-    images: Images. crop: (H, W), by default cfg.crop. rare: above 0, the temperature of
-    RareClasses, which then choose the images; a crop is drawn again, too, while less than half of
-    LEAST of it is of the class that its image was chosen for.
-    aligned: name -> function(i) that reads another array (H, W[, 3]) of image i, which gets the
-    same geometry.
-    A sample: image (H, W, 3); label (H, W) if the images are labelled; the aligned arrays, all
-    uint8; draws (DRAWS,) float32 in [0, 1).
+    crop: (H, W), by default cfg.crop. rare: above 0, the temperature of RareClasses, which then
+    choose the images; a crop is drawn again, too, while it has hardly any of the chosen class.
+    aligned: name -> function(i) that reads an array (H, W[, 3]), to crop like image i.
+    A sample: image (H, W, 3), label (H, W) of labelled images, the aligned arrays, all uint8; draws
+    (DRAWS,) float32 in [0, 1).
     """
 
     def __init__(self, cfg, stage, domain, images, batch, steps, crop=None, rare=0, aligned=None):

@@ -20,26 +20,17 @@ PYTORCH = {
 }
 
 
-class Stopped(Exception):
-    """SIGINT or SIGTERM arrived; its only argument is the signal's number."""
-
-    def __str__(self):
-        return f"stopped by signal {self.args[0]}; the same command goes on from the checkpoint"
-
-
 def command(main):
     """Run a script's main(); end the process with an exit code unless it succeeds.
 
-    Exit codes: 2 for invalid input and for a lack of memory or disk, 130 for SIGINT, 143 for
-    SIGTERM. A fault of the code is a traceback.
+    Exit codes: 2 for invalid input and for a lack of memory or disk; from engine.loop 130 for SIGINT
+    and 143 for SIGTERM. A fault of the code is a traceback.
     """
     try:
         processes.join()
         main()
     except UserError as error:  # a DataLoader worker's holds its traceback, the message at its end
         sys.exit(tell(str(error).rpartition("UserError: ")[2], 2))
-    except Stopped as stop:
-        sys.exit(tell(stop, 128 + stop.args[0]))
     except torch.OutOfMemoryError:
         sys.exit(tell(f"the GPU's memory is not enough; {LESS_MEMORY}", 2))
     except OSError as error:

@@ -53,12 +53,13 @@ class Figures:
             total[0] += above.detach() if isinstance(above, torch.Tensor) else above
             total[1] += below
 
-    def advance(self, step, writes):
+    def advance(self, writes):
         """Count a step. With `writes`, or at the end, write the means since the last time.
 
         Raises UserError where one is not finite.
         """
         self.bar.update(self.images)
+        step = self.done
         if not writes and step < self.total:
             return
         parts = [part for pair in self.recent.values() for part in pair]
@@ -95,7 +96,7 @@ class Figures:
         write_log(self.folder, self.stage, finished=self.total, **means, seconds=self.seconds())
         print(f"{self.stage}: wrote {result}")
 
-    def show(self, step, colours, pictures):
+    def show(self, colours, **pictures):
         """Write the first of each batch to TensorBoard and to samples/STAGE/NAME.png.
 
         pictures: name -> images (B, 3, H, W) in [0, 1], label maps (B, h, w), or None (left out).
@@ -108,7 +109,7 @@ class Figures:
                 picture = picture.permute(1, 2, 0).numpy()
             else:
                 picture = paint(resize(picture.byte().numpy(), size, labels=True), colours)
-            self.writer.add_image(f"{self.stage}/{name}", picture, step, dataformats="HWC")
+            self.writer.add_image(f"{self.stage}/{name}", picture, self.done, dataformats="HWC")
             write_image(self.folder / "samples" / self.stage / f"{name}.png", picture)
 
 

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from engine import device, files, processes
-from engine.command import Stopped
+from engine.command import tell
 from engine.config import UserError, one_line, plain
 from engine.log import Figures
 from engine.processes import rank, world
@@ -67,7 +67,7 @@ class Checkpoints:
     def resume(self, **state):
         """Load the unfinished checkpoint into `state`; return whether there was one.
 
-        state: name -> what has a state_dict; later checkpoints hold it. Raises UserError.
+        state: name -> what has a state_dict; checkpoints hold it. Raises UserError.
         """
         self.state = state | {"scaler": self.scaler}
         if not self.unfinished.exists():
@@ -114,6 +114,7 @@ class Run(Checkpoints):
         self.device, self.dtype = device.choose(cfg.device, cfg.precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.figures = Figures(self.folder, stage, self.device)
+        self.log, self.show = self.figures.add, self.figures.show
         self.networks = []  # whose gradients are averaged over processes
         self.done, self.shows = 0, False  # steps with this one; whether it shows pictures
         torch.backends.cudnn.benchmark = True
@@ -144,7 +145,7 @@ class Run(Checkpoints):
         """Yield (step, parts) for each step up to `total`; log, save and stop between steps.
 
         parts: this process's micro-batches, on the device; torch is seeded before each. After
-        SIGINT or SIGTERM in any process, save after the step and raise Stopped.
+        SIGINT or SIGTERM in any process, save after the step and raise SystemExit.
         """
         self.total, received, numbers = total, [], (signal.SIGINT, signal.SIGTERM)
         handlers = [signal.signal(n, lambda number, _: received.append(number)) for n in numbers]
@@ -157,19 +158,20 @@ class Run(Checkpoints):
         batches = iter(batches)
         try:
             for step in range(self.first, total):
-                done = self.done = step + 1
+                done = self.done = self.figures.done = step + 1
                 shows = done % self.cfg.pictures_every == 0 or done == total
                 self.shows = shows and rank() == 0
                 self._seed(step, 0)
                 yield step, self._parts(step, batches)
                 stop = processes.max_over_processes(received[0] if received else 0)
                 saves = stop or (done % self.cfg.save_every == 0 and done < total)
-                self.figures.advance(done, saves or done % self.cfg.log_every == 0)
+                self.figures.advance(saves or done % self.cfg.log_every == 0)
                 if saves:
                     self.save_unfinished(done)
                 if stop:
                     processes.barrier()  # torchrun stops all processes once one has ended
-                    raise Stopped(stop)
+                    words = f"stopped by signal {stop}; the same command goes on from there"
+                    raise SystemExit(tell(words, 128 + stop))
         finally:
             for number, handler in zip(numbers, handlers, strict=True):
                 signal.signal(number, handler)
@@ -204,11 +206,3 @@ class Run(Checkpoints):
             self.scaler.step(optimizer)
             optimizer.zero_grad()
         self.scaler.update()
-
-    def log(self, **figures):
-        """Log scalars, or ratios as pairs (numerator, denominator)."""
-        self.figures.add(**figures)
-
-    def show(self, colours, **pictures):
-        """Show sample pictures; call it where `shows` is set. See Figures.show."""
-        self.figures.show(self.done, colours, pictures)
