@@ -170,7 +170,8 @@ class RareClasses:
             pixels = np.bincount(images.to_classes(values, i).ravel(), minlength=256)
             return pixels[:num_classes] / pixels.sum()
 
-        everywhere = np.stack(list(threads.map(shares, range(len(images)))))
+        everywhere = decided_by_first(lambda: list(threads.map(shares, range(len(images)))))
+        everywhere = np.stack(everywhere)
         frequency = everywhere.sum(0) / max(everywhere.sum(), 1e-12)
         chance = np.exp((1 - frequency) / temperature) * (frequency > 0)
         self.chance = chance / chance.sum()

@@ -23,8 +23,8 @@ PYTORCH = {
 def command(main):
     """Run a script's main(); end the process with an exit code unless it succeeds.
 
-    Exit codes: 2 for invalid input and for a lack of memory or disk; from engine.loop 130 for SIGINT
-    and 143 for SIGTERM. A fault of the code is a traceback.
+    Exit codes: 2 for invalid input and for a lack of memory or disk, 130 for SIGINT and 143 for
+    SIGTERM (see engine.loop). A fault of the code is a traceback.
     """
     try:
         processes.join()
