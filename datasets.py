@@ -12,30 +12,34 @@ from torch.utils.data import DataLoader, Dataset, StackDataset
 
 from augment import DRAWS
 from engine.config import Config, UserError, one_line, require
+from engine.files import write_text
 from engine.folders import (
     Aligned,
     Folder,
     matching,
     require_same_size,
+    stamps,
     warn,
 )
-from engine.images import read_image, read_label, resize, threads
-from engine.processes import loader_workers, rank, world
+from engine.images import read_image, read_label, resize, resize_pixels, size_of, threads
+from engine.processes import decided_by_first, loader_workers, rank, world
 from settings import LAYOUTS, classes, label_values
 
 IGNORED, NO_CLASS = 255, 254
+CODE = np.array([65536, 256, 1], np.int32)  # of a colour: its place in a table
 
 
 class Images(Folder):
     """The images of a dataset and, if `labelled`, their label maps.
 
-    domain: source, target, val or more_val.NAME. Raises UserError for what is missing, and for what
-    is wrong in any of 256 evenly spaced files; every file is checked again when it is read.
+    domain: source, target, val or more_val.NAME. Raises UserError for what is missing. Every file
+    is checked when it is read; `check` reads some of them.
     """
 
     def __init__(self, cfg, domain, labelled):
         spec = functools.reduce(Config.__getitem__, domain.split("."), cfg)
-        self.labelled, self.red_only = labelled, spec.layout == "synthia"
+        self.domain, self.spec, self.labelled = domain, spec, labelled
+        self.classes, self.list_file = classes(cfg), Path(cfg.output) / cfg.name / f"{domain}.txt"
         self.folder, labels, self.label_folder = find_pairs(spec, labelled)
         if not labels:
             keys = f"are {domain}.root, {domain}.split and {domain}.layout right?"
@@ -44,16 +48,20 @@ class Images(Folder):
         if spec.list is not None:
             self.names = narrow(self.names, spec.list, self.folder)
         self.label_paths = [labels[name] for name in self.names]
-        if labelled:
-            if None in self.label_paths:
-                name = self.names[self.label_paths.index(None)]
-                fault = f"has no label in {self.label_folder}"
-                raise UserError(f"{self.folder / name}: {fault}; add it or drop the image")
-            self.table = np.full(65536, NO_CLASS, np.uint8)
-            for value, k in label_values(spec.ids, classes(cfg)).items():
-                self.table[value] = k
-        some = np.unique(np.linspace(0, len(self.names) - 1, 256, dtype=int)).tolist()
-        self._judge(domain, spec, list(classes(cfg)), threads.map(self.summary, some))
+        self.coding = "red" if spec.layout == "synthia" else "values"
+        if not labelled:
+            return
+        if None in self.label_paths:
+            name = self.names[self.label_paths.index(None)]
+            fault = f"has no label in {self.label_folder}"
+            raise UserError(f"{self.folder / name}: {fault}; add it or drop the image")
+        self.table = np.full(65536, NO_CLASS, np.uint8)
+        for value, k in label_values(spec.ids, self.classes).items():
+            if isinstance(value, tuple):
+                if self.coding != "colours":
+                    self.coding, self.table = "colours", np.full(2**24, IGNORED, np.uint8)
+                value = int(np.dot(value, CODE))
+            self.table[value] = k
 
     def unlabelled(self):
         """Return the same images, as if they had no labels."""
@@ -61,36 +69,65 @@ class Images(Folder):
         images.labelled = False
         return images
 
+    def files(self):
+        """Return a line with name, size and time for each file, as an input of a result."""
+        paths = [self.folder / name for name in self.names]
+        if self.labelled:
+            paths += self.label_paths
+        return stamps(paths)
+
+    def check(self):
+        """Return self. Raises UserError for what is wrong in the sizes of all files, in 256 files.
+
+        A list of the images whose labels have their size is written, for `list`.
+        """
+        if self.labelled:
+            paths = zip(self.names, self.label_paths, strict=True)
+            sizes = threads.map(lambda x: (size_of(self.folder / x[0]), size_of(x[1])), paths)
+            pairs = zip(self.names, sizes, strict=True)
+            odd = {name: size for name, size in pairs if None not in size and size[0] != size[1]}
+            if odd:
+                good = "".join(f"{name}\n" for name in self.names if name not in odd)
+                write_text(self.list_file, good)
+                named = one_line(", ".join(f"{name} {a} and {b}" for name, (a, b) in odd.items()))
+                fault = f"{len(odd)} labels differ from their images in size (W, H): {named}"
+                remedy = f"set {self.domain}.list={self.list_file}, which names the others"
+                raise UserError(f"{self.folder}: {fault}; {remedy}")
+        some = np.unique(np.linspace(0, len(self.names) - 1, 256, dtype=int)).tolist()
+        self._judge(threads.map(self.summary, some))
+        return self
+
     def summary(self, i):
         """Return image i's (H, W), its largest value, and its label's pixels of each class."""
         image = self.image(i)
         label = self.label(i, image) if self.labelled else np.arange(256)  # none is absent
         return image.shape[:2], image.max(), np.bincount(label.ravel(), minlength=256)
 
-    def _judge(self, domain, spec, names, summaries):
+    def _judge(self, summaries):
         """Raise UserError for what cannot be meant, judged by samples; warn of what is odd."""
         shapes, bright, counts = zip(*summaries, strict=True)
         height, width = size = np.median(shapes, axis=0).astype(int).tolist()
-        for h, w in spec.get("sizes", []):
+        for h, w in self.spec.get("sizes", []):
             stretch, swapped = abs(np.log([w / h / width * height, h / w / width * height]))
             must = f"be [height, width]: the images are {size}"
-            require(stretch < swapped + 0.4, self.folder, f"{domain}.sizes", [h, w], must)
+            require(stretch < swapped + 0.4, self.folder, f"{self.domain}.sizes", [h, w], must)
         shares, bright = np.sum(counts, axis=0) / np.sum(counts), np.median(bright)
         if shares[IGNORED] == 1:
             fault = "no pixel of its labels belongs to a class"
-            raise UserError(f"{domain}: {fault}; are {domain}.ids right?")
+            raise UserError(f"{self.domain}: {fault}; are {self.domain}.ids right?")
         if bright < 32:
-            warn(f"{domain}: half of the images are nearly black, at most {bright:.0f} of 255")
-        if shares[IGNORED] > 0.5:
-            warn(f"{domain}: {shares[IGNORED]:.1%} of the labels' pixels are ignored")
-        absent = ", ".join(name for k, name in enumerate(names) if not shares[k])
+            fault = f"half of the images are nearly black, at most {bright:.0f} of 255"
+            warn(f"{self.domain}: {fault}")
+        if shares[IGNORED] > (0.05 if self.coding == "colours" else 0.5):
+            warn(f"{self.domain}: {shares[IGNORED]:.1%} of the labels' pixels are ignored")
+        absent = ", ".join(name for k, name in enumerate(self.classes) if not shares[k])
         if absent:
-            warn(f"{domain}: none of {len(shapes)} labels holds {one_line(absent)}")
+            warn(f"{self.domain}: none of {len(shapes)} labels holds {one_line(absent)}")
 
     def label_values(self, i, image):
-        """Return the values in the label file of `image`, image i: (H, W)."""
+        """Return the values (H, W), or colours (H, W, 3), in the label file of image i, `image`."""
         path = self.label_paths[i]
-        values = read_label(path, self.red_only)
+        values = read_label(path, self.coding)
         require_same_size(path, values, self.folder / self.names[i], image)
         return values
 
@@ -101,6 +138,8 @@ class Images(Folder):
 
     def to_classes(self, values, i):
         """Return the classes of values of label i, or of a part of them."""
+        if self.coding == "colours":
+            return self.table[np.dot(values.astype(np.int32), CODE)]
         small = values.dtype == np.uint8
         label = cv2.LUT(values, self.table[:256]) if small else self.table[values]
         if (label == NO_CLASS).any():
@@ -166,14 +205,15 @@ class RareClasses:
 
     def __init__(self, images, num_classes, temperature):
         def shares(i):
-            values = read_label(images.label_paths[i], images.red_only)
+            values = read_label(images.label_paths[i], images.coding)
             pixels = np.bincount(images.to_classes(values, i).ravel(), minlength=256)
             return pixels[:num_classes] / pixels.sum()
 
         everywhere = decided_by_first(lambda: list(threads.map(shares, range(len(images)))))
         everywhere = np.stack(everywhere)
         frequency = everywhere.sum(0) / max(everywhere.sum(), 1e-12)
-        chance = np.exp((1 - frequency) / temperature) * (frequency > 0)
+        chance = np.where(frequency > 0, (1 - frequency) / temperature, -np.inf)
+        chance = np.exp(chance - chance.max())
         self.chance = chance / chance.sum()
         least = np.minimum(everywhere.max(0), self.LEAST)
         self.images_of = [np.flatnonzero(of_class) for of_class in (everywhere >= least).T]
@@ -227,18 +267,17 @@ class Crops(Dataset):
         i, k = self.rare.draw(rng) if self.rare else (self._index(n), None)
         image = self.images.image(i)
         values = self.images.label_values(i, image) if self.images.labelled else None
-        aligned = {key: read(i) for key, read in self.aligned.items()}
-        name = self.images.names[i]
-        for key, array in aligned.items():
-            require_same_size(f"{key} for {name}", array, self.images.folder / name, image)
-
-        size = self.sizes[n % self.batch_size]
-        scaled = np.maximum(size * rng.uniform(self.min_scale, 1, 2), self.crop)
-        extent = np.rint(self.crop * np.array(image.shape[:2]) / scaled)
+        shape, size = np.array(image.shape[:2]), self.sizes[n % self.batch_size]
+        own = shape * np.sqrt(size.prod() / shape.prod())  # its own shape, at as many pixels
+        scale = rng.uniform(self.min_scale, 1, 2)
+        scaled = np.maximum(size * scale, self.crop)
+        if not 1 / 1.1 < (own[0] / size[0]) ** 2 < 1.1:  # as portrait among landscape
+            scaled = own * scale * max((self.crop / (own * scale)).max(), 1)
+        extent = np.rint(self.crop * shape / scaled)
         extent = np.maximum(extent, 1).astype(int)  # of the crop, in the file's pixels
         for _ in range(6):
-            top, left = rng.integers(0, np.array(image.shape[:2]) - extent + 1)
-            window = (slice(top, top + extent[0]), slice(left, left + extent[1]))
+            corner = rng.integers(0, shape - extent + 1)
+            window = part(image, corner, extent)
             if values is None:
                 break
             label = self.images.to_classes(resize(values[window], self.crop, labels=True), i)
@@ -249,33 +288,48 @@ class Crops(Dataset):
         sample = {"image": resize(image[window], self.crop)}
         if values is not None:
             sample["label"] = label
-        for key, array in aligned.items():
-            sample[key] = resize(array[window], self.crop, labels=array.ndim == 2)
+        for key, read in self.aligned.items():
+            array = read(i)
+            ratio = np.array(array.shape[:2]) / shape  # translated at another size
+            if abs(ratio[0] / ratio[1] - 1) > 0.02:
+                name = self.images.names[i]
+                require_same_size(f"{key} for {name}", array, self.images.folder / name, image)
+            array = array[part(array, np.rint(corner * ratio), np.rint(extent * ratio))]
+            sample[key] = resize(array, self.crop, labels=array.ndim == 2)
         if rng.random() < 0.5:
             sample = {key: cv2.flip(array, 1) for key, array in sample.items()}
         return sample | {"draws": rng.random(DRAWS, dtype=np.float32)}
+
+
+def part(array, corner, extent):
+    """Return the slices of a window, of `extent` (h, w) from `corner` (top, left), in an array."""
+    (top, left), (h, w) = corner.astype(int), np.maximum(extent, 1).astype(int)
+    return slice(min(top, len(array) - 1), top + h), slice(min(left, array.shape[1] - 1), left + w)
 
 
 class Whole(Dataset):
     """Whole images in order, scaled to as many pixels as `size` (H, W) has, in their own shape.
 
     size: None leaves them as they are. A sample: index; image (H, W, 3); shape, the (H, W) of the
-    file; label (H, W) at the file's size if the images are labelled.
+    file; label (H, W) at the file's size if the images are labelled. With `goes_on`, an image that
+    cannot be read is a sample of index and fault, a line.
     """
 
-    def __init__(self, images, size=None):
-        self.images, self.size = images, size
+    def __init__(self, images, size=None, goes_on=False):
+        self.images, self.size, self.goes_on = images, size, goes_on
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, i):
-        image = self.images.image(i)
-        size = image.shape[:2]
-        if self.size is not None:
-            factor = (self.size[0] * self.size[1] / (size[0] * size[1])) ** 0.5
-            size = [max(round(side * factor), 8) for side in size]
-        sample = {"index": i, "shape": image.shape[:2], "image": resize(image, size)}
+        try:
+            image = self.images.image(i)
+        except UserError as error:
+            if not self.goes_on:
+                raise
+            return {"index": i, "fault": str(error)}
+        small = resize_pixels(image, self.size)
+        sample = {"index": i, "shape": image.shape[:2], "image": small}
         if self.images.labelled:
             sample["label"] = self.images.label(i, image)
         return sample
@@ -314,7 +368,7 @@ def recalibration_crops(cfg, batch, domains, **images):
     """
     crops, steps = {}, max(cfg.bn_images // sum(batch), 1)
     for domain in domains:
-        of_domain = images.get(domain) or Images(cfg, domain, labelled=False)
+        of_domain = images.get(domain) or Images(cfg, domain, labelled=False).check()
         of_domain = of_domain.unlabelled()
         crops[domain] = Crops(cfg, "recalibrate", domain, of_domain, batch, steps)
     return StackDataset(**crops) if crops else None

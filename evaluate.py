@@ -10,6 +10,7 @@ Scores go to results.json in the run's folder (without --cfg: the checkpoint's),
 
 import contextlib
 import json
+import sys
 from pathlib import Path
 
 import cv2
@@ -19,10 +20,11 @@ from datasets import Images, Whole
 from engine.command import arguments, command
 from engine.config import UserError
 from engine.files import find, load_tensors, write_text
-from engine.folders import Folder
+from engine.folders import EXTENSIONS, Folder, warn
 from engine.images import image_writer, paint, resize
 from engine.loop import Run
 from engine.processes import barrier, rank, world
+from losses import confidence
 from metrics import ConfusionMatrix, agreement, predictions
 from models import load_segmenter
 from settings import classes, label_values, load_config, load_saved
@@ -41,6 +43,8 @@ def main():
     add("--images", metavar="PATH", help="segment this folder of images, or this video, instead")
     add("--out", metavar="DIR", help="where the pictures go (default: the run's folder)")
     add("--ids", action="store_true", help="write label values too, for the Cityscapes server")
+    words = "write the probability of each pixel's class too, as 8-bit PNG"
+    add("--confidence", action="store_true", help=words)
     args = parser.parse_intermixed_args()
     cfg = configuration(args)
     run = Run(cfg, "evaluate", "evaluation")
@@ -91,7 +95,10 @@ class Video:
         while self.capture.grab():  # the count in the file's header is an estimate
             count += 1
         if not count:
-            raise UserError(f"{path}: no folder of images, and no video that OpenCV plays")
+            raise UserError(f"{path}: no folder of images, no image, no video that OpenCV plays")
+        expected = int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        if count < expected:
+            warn(f"{path}: {count} of {expected} frames can be read")
         self.names = [f"{self.path.stem}_{i:06d}.png" for i in range(count)]
         self.next = count
         self.size = self.image(0).shape[:2]
@@ -127,20 +134,21 @@ def film(path, rate, size):
 def what_to_segment(cfg, path=None):
     """Return name -> datasets.Whole: the images in `path`, or val (else target) and more_val."""
     if path:
-        images = Video(path) if Path(path).is_file() else Folder(path)
-        return {"images": Whole(images, cfg.val.size)}
+        is_video = Path(path).is_file() and Path(path).suffix.lower() not in EXTENSIONS
+        images = Video(path) if is_video else Folder(path)
+        return {"images": Whole(images, cfg.val.size, goes_on=True)}
     first, size = ("val", cfg.val.size) if cfg.val.root else ("target", cfg.target.sizes[-1])
-    datasets = {first: Whole(Images(cfg, first, labelled=first == "val"), size)}
+    datasets = {first: Whole(Images(cfg, first, labelled=first == "val").check(), size)}
     for key, spec in cfg.more_val.items():
-        datasets[key] = Whole(Images(cfg, f"more_val.{key}", labelled=True), spec.size)
+        datasets[key] = Whole(Images(cfg, f"more_val.{key}", labelled=True).check(), spec.size)
     return datasets
 
 
 def evaluate(run, path, datasets, out, args):
     """Segment the datasets with the network in `path`: scores to results.json, pictures to out."""
     cfg, first = run.cfg, next(iter(datasets))
-    student, saved = load_segmenter(path, cfg)
-    teacher, _ = load_segmenter(path, cfg, "teacher")
+    student, _, saved = load_segmenter(path, cfg)
+    teacher, *_ = load_segmenter(path, cfg, "teacher")
     for key, whole in datasets.items():
         stage = path.stem if key == first else f"{path.stem}_on_{key}"
         scores = segment(run, student, whole, key, out, stage, args)
@@ -165,7 +173,7 @@ def segment(run, model, whole, key, out=None, stage=None, args=None):
     """Return a model's scores on labelled images, else {}; given `out`, write pictures there."""
     cfg, names, images = run.cfg, classes(run.cfg), whole.images
     matrix, how = ConfusionMatrix(len(names), run.device), cfg.evaluation
-    pictured = []
+    pictured, faults = [], []
     if out:
         count = len(whole) if args.images or args.ids else how.pictures
         pictured = np.unique(np.linspace(0, len(whole) - 1, count, dtype=int))
@@ -175,7 +183,11 @@ def segment(run, model, whole, key, out=None, stage=None, args=None):
             path = out / f"{images.path.stem}_{stage}.mp4"
             append = files.enter_context(film(path, images.rate, images.size))
         segmented = predictions(run, run.place(model), whole, how.scales)
-        for sample, prediction, _ in segmented:
+        for sample, prediction, outputs in segmented:
+            if "fault" in sample:
+                print(f"{Path(sys.argv[0]).name}: {sample['fault']}", file=sys.stderr)
+                faults.append(sample["fault"])
+                continue
             if images.labelled:
                 matrix.update(run.fetch(sample["label"]), prediction)
             if sample["index"] not in pictured:
@@ -189,8 +201,14 @@ def segment(run, model, whole, key, out=None, stage=None, args=None):
             write(out / "overlays" / stage / picture, overlay)
             if args.images or args.ids:
                 write(out / "ids" / stage / picture, values_of(prediction, cfg))
+            if args.confidence:
+                share = confidence([logits for logits, *_ in outputs], sample["shape"])[0]
+                grey = share.mul(255).round().byte().cpu().numpy()
+                write(out / "confidence" / stage / picture, grey)
             if append:
                 append(overlay)
+    if faults:
+        raise UserError(f"{len(faults)} of {len(whole)} images could not be read; see above")
     if not images.labelled:
         print(f"{stage}: pictures of {len(pictured)} images are in {out}")
         return {}
@@ -220,12 +238,16 @@ def read_results(path):
 
 
 def values_of(prediction, cfg):
-    """Return a prediction (H, W) uint8 as label values of cfg.val, uint8 or uint16."""
+    """Return a prediction (H, W) uint8 as label values, or colours, of cfg.val, else cfg.source."""
     lookup = np.zeros(256, np.uint16)
-    for value, k in sorted(label_values(cfg.val.ids, classes(cfg)).items(), reverse=True):
+    spec = cfg.val if cfg.val.root else cfg.source
+    meanings = label_values(spec.ids, classes(cfg))
+    if any(isinstance(value, tuple) for value in meanings):
+        lookup = np.zeros((256, 3), np.uint8)
+    for value, k in sorted(meanings.items(), reverse=True):
         lookup[k] = value  # at last a class's smallest value
     values = lookup[prediction]
-    return values.astype(np.uint8) if values.max() < 256 else values
+    return values.astype(np.uint8) if lookup.max() < 256 else values
 
 
 def table(results, names):

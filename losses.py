@@ -70,10 +70,19 @@ def probability_labels(logits, size):
 
     logits: a list of (B, K, h, w), each upsampled to `size` (H, W). Returns (B, H, W) int64.
     """
+    return _best(logits, size).argmax(1)
+
+
+def confidence(logits, size):
+    """Return the probability of the class in probability_labels, (B, H, W) float32."""
+    return _best(logits, size).softmax(1).amax(1)
+
+
+def _best(logits, size):
     best = upsample(logits[0], size)
     for other in logits[1:]:
         best = torch.maximum(best, upsample(other, size))
-    return best.argmax(1)
+    return best
 
 
 def confident_share(logits, size):
@@ -81,8 +90,7 @@ def confident_share(logits, size):
 
     logits: (B, K, h, w), upsampled to `size` (H, W). It weighs labels that a moving teacher gives.
     """
-    probability = upsample(logits, size).softmax(1).amax(1)
-    return (probability >= CONFIDENT).float().mean((1, 2))
+    return (confidence([logits], size) >= CONFIDENT).float().mean((1, 2))
 
 
 def bilateral_consensus(probability_labels, feature_labels):

@@ -75,6 +75,9 @@ def predictions(run, model, whole, scales):
     """
     model.eval()
     for sample in progress(loader(run, whole), desc="predictions", unit="img", leave=False):
+        if "fault" in sample:
+            yield sample, None, None
+            continue
         with run.autocast():
             outputs = at_scales(model, run.fetch(sample["image"][None]), scales)
         logits = [logits for logits, *_ in outputs]
@@ -89,7 +92,7 @@ def agreement(run, model):
     """
     if not Path(run.cfg.target.root).is_dir():
         return None
-    whole = Whole(Images(run.cfg, "target", labelled=False), run.cfg.target.sizes[-1])
+    whole = Whole(Images(run.cfg, "target", labelled=False).check(), run.cfg.target.sizes[-1])
     some = np.unique(np.linspace(0, len(whole) - 1, COMPARED, dtype=int)).tolist()
     counts = torch.zeros(2, dtype=torch.int64, device=run.device)
     for sample, _, outputs in predictions(run, model, Subset(whole, some), SCALES):

@@ -6,6 +6,7 @@ H / output stride.
 """
 
 import copy
+import difflib
 import re
 from collections import OrderedDict
 
@@ -15,6 +16,7 @@ from torch import nn
 
 from engine.config import UserError, one_line
 from engine.files import load_tensors
+from engine.images import resize_pixels
 from losses import upsample
 from settings import NETWORKS, OWN_NETWORKS, classes, load_saved
 
@@ -121,8 +123,9 @@ def _smp(name, num_classes, weights):
     try:
         model = smp.create_model(architecture, encoder, pretrained, classes=num_classes, **more)
     except Exception as error:  # of a dozen types: an unknown name, no network to download from
-        fault = f"model.network = {name}, model.weights = {weights}"
-        raise UserError(f"{fault}: {one_line(error)}") from error
+        near = difflib.get_close_matches(encoder, smp.encoders.get_encoder_names(), 3, 0)
+        known = one_line(f"encoders like it: {', '.join(near)}; {error}")
+        raise UserError(f"model.network = {name}, model.weights = {weights}: {known}") from error
     head = model.segmentation_head
     classifier = head.head if hasattr(head, "head") else head[0]  # without the final upsampling
     return model.encoder, model.decoder, classifier, 32  # encoders halve an image 5 times at most
@@ -261,11 +264,15 @@ def recalibrate_batchnorm(model, batches):
 
 
 class Predictor(nn.Module):
-    """Logits (B, K, H, W) for images (B, 3, H, W) in [0, 1]; class names; colours by class name."""
+    """Logits (B, K, H, W) for images (B, 3, H, W) in [0, 1]; class names; colours by class name.
 
-    def __init__(self, network, colours):
+    size: the (H, W) of as many pixels as images should have, those of the training; None: any.
+    """
+
+    def __init__(self, network, colours, size=None):
         super().__init__()
         self.network, self.classes, self.colours = network, list(colours), colours
+        self.size = size
 
     def forward(self, images):
         return upsample(self.network(images)[0], images.shape[-2:])
@@ -273,36 +280,49 @@ class Predictor(nn.Module):
     @torch.no_grad()
     def predict(self, image):
         """Return the class numbers (H, W) uint8 of an RGB image (H, W, 3) uint8, NumPy arrays."""
-        image = torch.tensor(image.copy(), device=self.network.mean.device)  # it may be a view
-        return self(image.movedim(2, 0)[None].float() / 255)[0].argmax(0).byte().cpu().numpy()
+        small = torch.tensor(resize_pixels(image, self.size), device=self.network.mean.device)
+        logits = self.network(small.movedim(2, 0)[None].float() / 255)[0]
+        return upsample(logits, image.shape[:2])[0].argmax(0).byte().cpu().numpy()
 
 
 def load(path):
     """Return the Predictor of a checkpoint's student, in eval mode on the CPU. Raises UserError."""
-    model, saved = load_segmenter(path)
-    return Predictor(model, classes(saved["config"])).eval()
+    model, cfg, _ = load_segmenter(path)
+    return Predictor(model, classes(cfg), cfg.val.size or cfg.target.sizes[-1]).eval()
 
 
 def load_segmenter(path, cfg=None, which="student"):
-    """Return a checkpoint's student or teacher (None where it has none), and its entries.
+    """Return a checkpoint's student or teacher (None where it has none), its Config, its entries.
 
-    Of its config, a Config, `classes` and `model` are its own. Raises UserError, also where `cfg`
-    has other classes.
+    Of the Config, `classes` and `model` are its own. Raises UserError, also where `cfg` has others.
     """
     saved = load_tensors(path)
     if not {"student", "config"} <= saved.keys():
         fault = "holds no segmentation network of warmup.py, selftrain.py or tools.baselines"
         remedy = "of another project's weights, tools/convert.py makes one"
         raise UserError(f"{path}: {fault}; {remedy}")
-    own = {key: saved["config"][key] for key in ("classes", "model") if key in saved["config"]}
-    saved["config"] = own = load_saved(own, (), f"{path}: config")
-    if cfg and list(classes(own)) != list(classes(cfg)):
-        raise UserError(f"{path}: was trained for other classes: {', '.join(classes(own))}")
+    kept = ("classes", "model", "val", "target")
+    own = {key: saved["config"][key] for key in kept if key in saved["config"]}
+    own = load_saved(own, (), f"{path}: config")
+    names, wanted = list(classes(own)), list(classes(cfg or own))
+    if names != wanted:
+        order = ", in another order" if sorted(names) == sorted(wanted) else ""
+        fault = f"was trained for other classes{order}: {', '.join(names)}"
+        raise UserError(f"{path}: {fault}; set classes to these")
     if which not in saved:
-        return None, saved
-    model = build_segmenter(num_classes=len(classes(own)), **own.model | {"weights": None})
+        return None, own, saved
+    model = build_segmenter(num_classes=len(names), **own.model | {"weights": None})
     load_exactly(model, saved[which], path)
-    return model, saved
+    return model, own, saved
+
+
+def load_init(path, cfg):
+    """Return the student of a checkpoint to go on with; UserError where cfg.model differs."""
+    model, own, _ = load_segmenter(path, cfg)
+    for key, value in own.model.items():
+        if key != "weights" and cfg.model[key] != value:
+            raise UserError(f"{path}: has model.{key} = {value}, not {cfg.model[key]}; set it")
+    return model
 
 
 def load_exactly(module, state, origin):
@@ -340,11 +360,14 @@ def _load_backbone(model, network, weights):
             raise UserError(f"{fault}; {remedy}") from error
     else:
         state = load_tensors(weights)
-    state = {k.removeprefix("module."): v for k, v in state.get("state_dict", state).items()}
+    for name in ("state_dict", "model"):
+        state = state.get(name, state)
+    for name in ("module.", "backbone.", "encoder."):
+        state = {key.removeprefix(name): value for key, value in state.items()}
     for name in ("mean", "std"):
         if name in state:
             model.get_buffer(name).copy_(state.pop(name))
-    unused = ("fc.", "classifier.", "features.18.")
+    unused = ("fc.", "classifier.", "features.18.", "head.")
     state = {key: value for key, value in state.items() if not key.startswith(unused)}
     norms = [key.removesuffix("running_var") for key in state if key.endswith("running_var")]
     # old PyTorch versions did not count batches

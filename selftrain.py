@@ -41,34 +41,35 @@ def main():
     args = parser.parse_intermixed_args()
     cfg = load_config(args.cfg, args.overrides)
     init = find(args.init, cfg)
+    source = Images(cfg, "source", labelled=True)
+    target = Images(cfg, "target", labelled=cfg.selftrain.diagnose)
     for number in range(1, cfg.selftrain.rounds + 1):
         is_last = number == cfg.selftrain.rounds
         run = Run(cfg, "selftrain" if is_last else f"selftrain_round{number}", "selftrain")
-        inputs = [init]
+        inputs = [init, source, target]
         if cfg.selftrain.crdomix:
             inputs.append(run.folder / "translator.pth")
         if not run.is_finished(args.force, inputs):
-            train(run, init, run.folder / "pseudo_labels" / f"round{number}")
+            folder = run.folder / "pseudo_labels" / f"round{number}"
+            train(run, init, folder, source.check(), target.check())
         init = run.result
 
 
-def train(run, init, folder):
+def train(run, init, folder, source, target):
     """Run one round from the network in the file `init`; probability labels go to `folder`."""
     cfg, options, total = run.cfg, run.cfg.selftrain, run.cfg.selftrain.steps
     n, names = micro_batch_size(cfg, "selftrain"), classes(cfg)
 
     # data
-    source = Images(cfg, "source", labelled=True)
-    target = Images(cfg, "target", labelled=options.diagnose)
     aligned = {"translated": translated_images(cfg, source)} if options.crdomix else {}
     batch, rare = options.batch, cfg.rare_classes
     source_crops = Crops(cfg, run.stage, "source", source, batch, total, rare=rare, aligned=aligned)
     both = {"source": source, "target": target}
     recalibration = recalibration_crops(cfg, batch, cfg.bn_recalibrate, **both)
-    val = Images(cfg, "val", labelled=True) if cfg.val_every else None
+    val = Images(cfg, "val", labelled=True).check() if cfg.val_every else None
 
     # student, teacher, optimizer, centroids
-    student = run.place(models.load_segmenter(init, cfg)[0])
+    student = run.place(models.load_init(init, cfg))
     teacher = models.make_teacher(student)
     optimizer = models.build_optimizer(student, cfg.optimizer)
     centroids = Centroids(len(names), student.channels, options.momentum).to(run.device)

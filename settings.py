@@ -45,16 +45,17 @@ NAMED_IDS = {"cityscapes": ([*range(35), 255], 1), "synthia": (range(23), 2)}
 NAMED_IDS["mapillary"] = (range(66), 3)
 
 
-def label_values(ids, names):
+def label_values(ids, classes):
     """Return what each label value of a dataset means: value -> class number, or 255 (ignored).
 
     ids: a name of NAMED_IDS, "index" (value k is class k), "train_ids" (0 to 18 are Cityscapes' 19
-    classes), or a mapping from value to class name or None (ignored).
-    names: the trained classes in order; a class that is not among them is ignored.
-    A value that is missing from the result is an error in the data.
+    classes), "colours" (the values are the classes' colours), or a mapping from value or colour to
+    class name or None (ignored). classes: the trained ones, name -> colour; others are ignored.
     """
     if ids in ("train_ids", "index"):
-        own = dict(enumerate(CITYSCAPES if ids == "train_ids" else names)) | {255: None}
+        own = dict(enumerate(CITYSCAPES if ids == "train_ids" else classes)) | {255: None}
+    elif ids == "colours":
+        own = {colour: name for name, colour in classes.items()}
     elif isinstance(ids, str):
         values, column = NAMED_IDS[ids]
         own = dict.fromkeys(values)
@@ -63,7 +64,7 @@ def label_values(ids, names):
             own |= dict.fromkeys(values, name)
     else:
         own = ids
-    number_of = {name: k for k, name in enumerate(names)}
+    number_of = {name: k for k, name in enumerate(classes)}
     return {value: number_of.get(name, 255) for value, name in own.items()}
 
 
@@ -122,11 +123,13 @@ NAME = ("a name of letters, digits, - _ .", lambda v: isinstance(v, str) and WOR
 TEXT_OR_NULL = either(TEXT, one_of(None))
 SIZE = list_of(_from(8), 2, 2)
 BYTE = ("an integer from 0 to 255", lambda v: COUNT[1](v) and v <= 255)
-COLOURS = ("2 to 254 names with colours [r, g, b]", _maps(TEXT, list_of(BYTE, 3, 3), 2, 254))
+COLOUR = list_of(BYTE, 3, 3)
+COLOURS = ("2 to 254 names with colours [r, g, b]", _maps(TEXT, COLOUR, 2, 254))
 PATTERN = ("a pattern with a *", lambda v: TEXT[1](v) and "*" in v)
 PATTERNS = ("{images: PATTERN, labels: PATTERN}", _maps(one_of("images", "labels"), PATTERN, 2))
 VALUE = ("a label value", lambda v: COUNT[1](v) and v < 65536)
-VALUES = ("a mapping from label value to class or null", _maps(VALUE, TEXT_OR_NULL))
+KEY = either(VALUE, ("[r, g, b]", lambda v: isinstance(v, tuple) and COLOUR[1](list(v))))
+VALUES = ("a mapping from label value to class or null", _maps(KEY, TEXT_OR_NULL))
 WHOLE = ("classes", "layout", "ids", "subsets")  # their mappings are one value
 # key.sub or key -> rule, where the type of config.yaml's value does not say what a value may be
 RULES = {
@@ -137,7 +140,7 @@ RULES = {
     "workers": either(one_of("auto"), COUNT),
     "classes": either(one_of("cityscapes"), list_of(one_of(*CITYSCAPES), 2), COLOURS),
     "layout": either(one_of(*LAYOUTS), PATTERNS),
-    "ids": either(one_of(*NAMED_IDS, "train_ids", "index"), VALUES),
+    "ids": either(one_of(*NAMED_IDS, "train_ids", "index", "colours"), VALUES),
     "sizes": list_of(SIZE),
     "size": either(SIZE, one_of(None)),
     "crop": SIZE,

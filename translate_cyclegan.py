@@ -38,17 +38,18 @@ def main():
         translated_images(cfg, source)
         print(f"translator: {len(source)} translated images are in {cfg.translation.images}")
         return
-    if not run.is_finished(args.force):
-        train(run, source)
+    target = Images(cfg, "target", labelled=False)
+    if not run.is_finished(args.force, [source, target]):
+        train(run, source.check(), target.check())
     write(run, source)
 
 
-def train(run, source):
+def train(run, source, target):
     cfg, options, total = run.cfg, run.cfg.translation, run.cfg.translation.steps
     n, batch_size = micro_batch_size(cfg, "translation"), sum(options.batch)
 
     # data
-    images = {"source": source, "target": Images(cfg, "target", labelled=False)}
+    images = {"source": source, "target": target}
     alike = options.batch, total, options.crop
     crops = {key: Crops(cfg, run.stage, key, images[key], *alike) for key in images}
 
@@ -120,13 +121,17 @@ def write(run, source):
     """Write translated/NAME.jpg for every source image, of the same size, with the stage's result.
 
     JPEG takes a third of a PNG's disk space and of its decoding, which is most of a sample's time.
-    Images that were written after the result are left alone.
+    Images that were written after the result and after their own image are left alone.
     """
     folder, made = run.folder / "translated", run.result.stat().st_mtime
     paths = [(folder / name).with_suffix(".jpg") for name in source.names]
 
+    def is_old(path, name):
+        newest = max(made, (source.folder / name).stat().st_mtime)
+        return not path.exists() or path.stat().st_mtime < newest
+
     def choose():
-        return [i for i, p in enumerate(paths) if not p.exists() or p.stat().st_mtime < made]
+        return [i for i, path in enumerate(paths) if is_old(path, source.names[i])]
 
     generator = Generator(run.cfg.translation.filters, run.cfg.translation.blocks)
     load_exactly(generator, load_tensors(run.result).get("generator", {}), run.result)

@@ -9,6 +9,7 @@ import models
 from augment import cross_domain_mix
 from datasets import Crops, Images, loader, recalibration_crops, translated_images
 from engine.command import arguments, command
+from engine.files import find
 from engine.loop import Run, micro_batch_size
 from losses import ohem_loss, supervised_loss, symmetric_distillation
 from metrics import finish, validate
@@ -17,28 +18,34 @@ from settings import classes, load_config
 
 def main():
     parser = arguments(__doc__)
+    parser.add_argument("--init", metavar="FILE", help="go on from this network, of any stage")
     parser.add_argument("--force", action="store_true", help="replace an earlier result")
     args = parser.parse_intermixed_args()
-    run = Run(load_config(args.cfg, args.overrides), "warmup", "warmup")
-    inputs = [run.folder / "translator.pth"] if run.cfg.warmup.crdomix else []
-    if not run.is_finished(args.force, inputs):
-        train(run)
+    cfg = load_config(args.cfg, args.overrides)
+    run, init = Run(cfg, "warmup", "warmup"), args.init and find(args.init, cfg)
+    source = Images(cfg, "source", labelled=True)
+    inputs = [source, run.folder / "translator.pth"] if cfg.warmup.crdomix else [source]
+    if not run.is_finished(args.force, [*inputs, init] if init else inputs):
+        train(run, init, source.check())
 
 
-def train(run):
+def train(run, init, source):
+    """Train from the network in the file `init`, or from model.weights (None)."""
     cfg, options, total = run.cfg, run.cfg.warmup, run.cfg.warmup.steps
     n, names = micro_batch_size(cfg, "warmup"), classes(cfg)
 
     # data
-    source = Images(cfg, "source", labelled=True)
     aligned = {"translated": translated_images(cfg, source)} if options.crdomix else {}
     batch, rare = options.batch, cfg.rare_classes
     crops = Crops(cfg, run.stage, "source", source, batch, total, rare=rare, aligned=aligned)
     recalibration = recalibration_crops(cfg, batch, cfg.bn_recalibrate, source=source)
-    val = Images(cfg, "val", labelled=True) if cfg.val_every else None
+    val = Images(cfg, "val", labelled=True).check() if cfg.val_every else None
 
     # student, teacher, optimizer
-    student = run.place(models.build_segmenter(num_classes=len(names), **cfg.model))
+    if init:
+        student = run.place(models.load_init(init, cfg))
+    else:
+        student = run.place(models.build_segmenter(num_classes=len(names), **cfg.model))
     teacher = models.make_teacher(student)
     optimizer = models.build_optimizer(student, cfg.optimizer)
     run.resume(student=student, teacher=teacher, optimizer=optimizer)

@@ -1,6 +1,7 @@
 """A script's command line and its end: foreseeable failures are one line and an exit code."""
 
 import argparse
+import runpy
 import sys
 from pathlib import Path
 
@@ -62,9 +63,20 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
+def run_file(path):
+    """Run a Python file, which may register networks (models.register); return its path."""
+    try:
+        runpy.run_path(path)
+    except FileNotFoundError as error:
+        raise UserError(f"--import {path}: there is no such file") from error
+    return path
+
+
 def arguments(doc, cfg="config.yaml"):
     """Return a parser for --cfg, by default `cfg`, and overrides. doc: the script's docstring."""
     parser = Parser(doc)
+    words = "run this Python file first, which registers a network"
+    parser.add_argument("--import", dest="imported", metavar="FILE", type=run_file, help=words)
     words = "configuration (default: %(default)s)"
     parser.add_argument("--cfg", default=cfg, metavar="FILE", help=words)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a value")

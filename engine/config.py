@@ -22,13 +22,15 @@ class Config(dict):
 
 
 class Loader(yaml.SafeLoader):
-    """Safe loader that reads 1e-4 as a number and refuses a key that stands twice."""
+    """Safe loader: 1e-4 is a number, a list as a key a tuple; a key that stands twice a fault."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if len(set(keys)) < len(keys):
+        self.flatten_mapping(node)
+        pairs = [[self.construct_object(part, deep=True) for part in pair] for pair in node.value]
+        mapping = {tuple(k) if isinstance(k, list) else k: v for k, v in pairs}
+        if len(mapping) < len(pairs):
             raise yaml.constructor.ConstructorError(None, None, "duplicate key", node.start_mark)
-        return super().construct_mapping(node, deep)
+        return mapping
 
 
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")

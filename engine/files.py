@@ -52,11 +52,15 @@ def load_tensors(path):
     """Return the state dict in a file, on the CPU; no code in it is executed. Raises UserError."""
     if not Path(path).is_file():
         raise UserError(f"{path}: there is no such file of weights, or it is not a regular file")
+    with Path(path).open("rb") as file:
+        start = file.read(16)
+    if start[:2] != b"PK" and start[:1] != b"\x80":  # PyTorch's archive, or a pickle
+        raise UserError(f"{path}: is no checkpoint, it begins with {start!r}; restore the file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a dozen types, depending on what the file is instead
-        fault = f"not a file of tensors that is safe to load ({one_line(error) or 'it is empty'})"
-        raise UserError(f"{path}: {fault}; restore the file, or remove it") from error
+        fault = "is damaged, or holds more than tensors and could execute code"
+        raise UserError(f"{path}: {fault} ({one_line(error)}); restore the file") from error
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a state dict; remove it")
     return state
@@ -73,7 +77,8 @@ def find(path, cfg):
 def require_same(path, saved, cfg, section, inputs):
     """Raise UserError unless a checkpoint was made with this configuration and these inputs.
 
-    inputs: file name -> digest. Of the stages' sections (with `steps`), only `section` counts.
+    inputs: file name -> digest, domain -> folders.stamps. Of the stages' sections (with `steps`),
+    only `section` counts.
     """
     old, new = flat(saved.get("config", {})), flat(cfg)
     changes = []
@@ -82,8 +87,12 @@ def require_same(path, saved, cfg, section, inputs):
         of_another_stage = f"{top}.steps" in new and top != section
         if top not in FREE_KEYS and not of_another_stage and old.get(key, value) != value:
             changes.append(f"{key} = {one_line(old[key])} instead of {one_line(value)}")
-    for name, digest in inputs.items():
-        if saved.get("inputs", {}).get(name) != digest:
+    for name, now in inputs.items():
+        before = saved.get("inputs", {}).get(name, now)  # an earlier release noted fewer
+        files = {line.split()[0] for line in {*before.split("\n")} ^ {*now.split("\n")}}
+        if "\n" in now and files:
+            changes.append(f"other {name} images: {len(files)} files changed, as {min(files)}")
+        elif files:
             changes.append(f"another {name} than the one that is there now")
     if changes:
         fault = f"was made with {one_line(', '.join(changes))}"

@@ -14,7 +14,7 @@ EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
 
 
 class Folder:
-    """The images below a folder; `names` are their paths relative to it, sorted.
+    """The images below a folder, or one image; `names` are relative to `folder`, sorted.
 
     Raises UserError where there are none.
     """
@@ -23,6 +23,8 @@ class Folder:
 
     def __init__(self, folder):
         self.folder, self.names = Path(folder), list_images(folder)
+        if self.folder.is_file():
+            self.folder, self.names = self.folder.parent, [self.folder.name]
         if not self.names:
             raise UserError(f"{folder}: no such folder of images, or there are none in it")
 
@@ -85,6 +87,12 @@ def matching(root, pattern):
     expression = re.compile(re.escape(rest).replace(r"\*", "(.*)") + ending)
     matches = {name: expression.fullmatch(name) for name in list_images(folder)}
     return folder, {name: match.groups() for name, match in matches.items() if match}
+
+
+def stamps(paths):
+    """Return a line for each file: its name, its size, the time of its last change."""
+    found = ((path, path.stat()) for path in paths)
+    return "\n".join(f"{path.name} {x.st_size} {x.st_mtime:.0f}" for path, x in found)
 
 
 def require_same_size(path, array, image_path, image):

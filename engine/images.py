@@ -27,31 +27,44 @@ Image.MAX_IMAGE_PIXELS = 2**29  # Pillow refuses twice as many, which is OpenCV'
 
 
 def read_image(path):
-    """Return an image file as RGB uint8 (H, W, 3), not turned by EXIF. Raises UserError."""
-    return _decode(path, _read(path), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    """Return an image file as RGB uint8 (H, W, 3), turned as EXIF says. Raises UserError."""
+    return _decode(path, _read(path), cv2.IMREAD_COLOR_RGB)
 
 
-def read_label(path, red_only=False):
+def read_label(path, coding="values"):
     """Return the values of a label file, (H, W) uint8 or uint16; of a paletted PNG its indices.
 
-    red_only: of a colour image, its red channel, where SYNTHIA has classes. Raises UserError.
+    coding: "red": of a colour image, its red channel, where SYNTHIA has classes. "colours": return
+    the colours, RGB (H, W, 3) uint8. Raises UserError.
     """
     data = _read(path)
     is_png = data.startswith(PNG_SIGNATURE)
     if data.startswith(b"\xff\xd8"):
         raise UserError(f"{path}: is a JPEG, which changes values next to edges; write PNG instead")
+    if coding == "colours":
+        return _decode(path, data, cv2.IMREAD_COLOR_RGB)
     if is_png and data[25:26] == b"\x03":  # with a palette: OpenCV would return its colours
         return _decode(path, data)
     values = _decode(path, data, cv2.IMREAD_UNCHANGED)
     if is_png and data[24] < 8 and values.ndim == 2:  # OpenCV spreads 1, 2, 4 bits over 0 ... 255
         values = values // (255 // (2 ** data[24] - 1))
-    if red_only and values.ndim == 3:
+    if coding == "red" and values.ndim == 3:
         values = np.ascontiguousarray(values[..., 2])
     if values.ndim != 2:
-        raise UserError(f"{path}: is a colour image; convert it to a gray or paletted PNG")
+        raise UserError(f"{path}: is a colour image; see `ids: colours` in config.yaml")
     if values.dtype not in (np.uint8, np.uint16):
         raise UserError(f"{path}: holds {values.dtype} values; a label holds 8- or 16-bit integers")
     return values
+
+
+def size_of(path):
+    """Return (width, height) by a file's header, as EXIF turns it; None where Pillow has none."""
+    try:
+        with Image.open(path) as image:
+            turned = image.format == "JPEG" and image.getexif().get(274, 1) > 4  # orientation
+            return image.size[::-1] if turned else image.size
+    except Exception:  # it is read, and judged, by others
+        return None
 
 
 def _read(path):
@@ -112,6 +125,15 @@ def resize(array, size, labels=False):
     if labels:
         method = cv2.INTER_NEAREST_EXACT
     return cv2.resize(array, (width, height), interpolation=method)
+
+
+def resize_pixels(image, size):
+    """Return an image with about as many pixels as `size` (H, W), in its own shape; None: all."""
+    shape = image.shape[:2]
+    if size is not None:
+        factor = (size[0] * size[1] / (shape[0] * shape[1])) ** 0.5
+        shape = [max(round(side * factor), 8) for side in shape]
+    return resize(image, shape)
 
 
 def paint(label, colours):

@@ -43,15 +43,19 @@ class Checkpoints:
     def is_finished(self, force, inputs=()):
         """Lock the run's folder; return whether the stage's result is there. Raises UserError.
 
-        inputs: files of earlier stages. force: make a result that replaces it once it is finished.
+        inputs: files of earlier stages, and datasets.Images. force: make a result that replaces it
+        once it is finished.
         """
         self.force = force
         return processes.decided_by_first(lambda: self._look(inputs))
 
     def _look(self, inputs):
         files.lock(self.folder)
-        for path in filter(Path.is_file, map(Path, inputs)):
-            self.inputs[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in inputs:
+            if not isinstance(path, Path):
+                self.inputs[path.domain] = path.files()
+            elif path.is_file():
+                self.inputs[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
         finished = self.result.exists() and not self.force
         path = self.result if finished else self.unfinished
         if path.exists():

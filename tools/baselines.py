@@ -42,11 +42,15 @@ def main():
     args = parser.parse_intermixed_args()
     cfg = load_config(args.cfg, args.overrides)
     run = Run(cfg, args.method, "warmup" if args.method in PLAIN else "selftrain")
-    if not run.is_finished(args.force):
-        train(run, args.method)
+    domain = "target" if args.method == "oracle" else "source"
+    labelled, target = Images(cfg, domain, labelled=True), Images(cfg, "target", labelled=False)
+    if not run.is_finished(
+        args.force, [labelled, target] if args.method in ADAPTING else [labelled]
+    ):
+        train(run, args.method, labelled.check(), target)
 
 
-def train(run, method):
+def train(run, method, labelled, target):
     cfg, options, names = run.cfg, run.cfg[run.section], classes(run.cfg)
     n, batch, total = micro_batch_size(cfg, run.section), options.batch, options.steps
     adapts, rare = method in ADAPTING, 0
@@ -54,8 +58,7 @@ def train(run, method):
         total = cfg.warmup.steps + cfg.selftrain.rounds * cfg.selftrain.steps
 
     # data
-    domain = "target" if method == "oracle" else "source"
-    labelled = Images(cfg, domain, labelled=True)
+    domain = labelled.domain
     if method in PLAIN:
         rare = cfg.rare_classes
     elif method in ADAPTING[1:]:
@@ -63,10 +66,10 @@ def train(run, method):
     images, domains = {domain: labelled}, [domain] if method in PLAIN else cfg.bn_recalibrate
     crops = {"labelled": Crops(cfg, run.stage, domain, labelled, batch, total, rare=rare)}
     if adapts:
-        images["target"] = Images(cfg, "target", labelled=False)
-        crops["target"] = Crops(cfg, run.stage, "target", images["target"], batch, total)
+        images["target"] = target.check()
+        crops["target"] = Crops(cfg, run.stage, "target", target, batch, total)
     recalibration = recalibration_crops(cfg, batch, domains, **images)
-    val = Images(cfg, "val", labelled=True) if cfg.val_every else None
+    val = Images(cfg, "val", labelled=True).check() if cfg.val_every else None
 
     # student, teacher, optimizer
     student = run.place(models.build_segmenter(num_classes=len(names), **cfg.model))

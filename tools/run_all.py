@@ -35,17 +35,17 @@ def main():
     path = words.pop(0) if words and "=" not in words[0] else args.cfg
     if not Path(path).exists() and (ROOT / path).exists():
         path = ROOT / path
-    for module, line in commands(path, words):
+    for module, line in commands(path, words, args.imported):
         run(module, line)
 
 
-def commands(path, overrides):
+def commands(path, overrides, imported=None):
     """Yield (module, its arguments) of each stage, the evaluation, the report. Raises UserError."""
-    cfg = load_config(path, overrides)
+    cfg, first = load_config(path, overrides), ["--import", imported] if imported else []
     for stage in [*cfg.stages, "evaluate"]:
         print(f"== {stage}", flush=True)
         module, *more = STAGES[stage]
-        yield module, [*more, "--cfg", str(path), *overrides]
+        yield module, [*more, *first, "--cfg", str(path), *overrides]
     yield "tools.report", [str(Path(cfg.output) / cfg.name)]
 
 
