@@ -290,6 +290,9 @@ def load_segmenter(path, cfg=None, which="student"):
     has other classes.
     """
     saved = load_tensors(path)
+    if "layer0.0.weight" in saved:
+        remedy = f"python -m tools.convert student {path} --out FILE writes it in ours"
+        raise UserError(f"{path}: is the DiGA authors' student; {remedy}")
     if not {"student", "config"} <= saved.keys():
         fault = "holds no segmentation network of warmup.py, selftrain.py or tools.baselines"
         remedy = "of another project's weights, tools/convert.py makes one"
