@@ -14,7 +14,8 @@ from golden.authors_state_dict import authors_state_dict
 import models
 from engine.config import UserError
 from engine.images import read_image
-from tools.convert import BGR_MEAN, translator
+from tools.convert import BGR_MEAN, authors_translator, cyclegan
+from translate_cyclegan import Generator
 
 GOLDEN = ROOT / "tests/golden"
 CFG = ("--cfg", ROOT / "config.yaml")
@@ -43,7 +44,7 @@ def test_the_authors_student_gives_the_authors_output(run, tmp_path):
     state["layer9.0.weight"] = state.pop("layer1.0.conv2.weight")
     torch.save(state, tmp_path / "student.pth")
     code, _, err = run("tools.convert", "student", *files, *CFG)
-    assert (code, "lacks backbone.layer1.0.conv2.weight" in err, err.count("\n")) == (2, True, 1)
+    assert (code, "backbone.layer1.0.conv2.weight" in err, err.count("\n")) == (2, True, 1)
 
 
 def test_backbones_of_old_deeplab_and_of_simclr(run, tmp_path):
@@ -112,14 +113,29 @@ def test_the_authors_translator(dataset, run):
     expected = ((x * 128 + mean) / 255).clamp(0, 1).flip(1)
 
     with torch.no_grad():
-        ours = translator(folder)(image)
+        ours = authors_translator(folder)(image)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
     out = dataset / "by_authors"
     given = "tools.convert", "translator", folder, "--out", out
     ok(run(*given))
-    written = read_image(out / "translated/00002.jpg")
+    written = read_image(out / "00002.jpg")
     assert np.abs(written - expected[0].permute(1, 2, 0).numpy() * 255).mean() < 4
-    ok(run("translate_cyclegan", f"translation.images={out}/translated"))
+    ok(run("translate_cyclegan", f"translation.images={out}"))
     shutil.copy(folder / "enc_s.pth", folder / "dec_s2t.pth")
     code, _, err = run(*given)
     assert (code, "dec_s2t.pth: lacks" in err, err.count("\n")) == (2, True, 1)
+
+
+def test_a_generator_of_cyclegan(run, dataset):
+    generator = Generator(8, 2)
+    saved = {f"module.{key}": value for key, value in generator.state_dict().items()}
+    saved["module.model.2.running_mean"] = torch.zeros(8)
+    path = dataset / "latest_net_G_A.pth"
+    torch.save(saved, path)
+    image = torch.from_numpy(picture(2)[0]).permute(2, 0, 1)[None] / 255
+    with torch.no_grad():
+        expected = generator(image)
+        assert torch.equal(cyclegan(path)(image), expected)
+    ok(run("tools.convert", "translator", path, "--out", dataset / "out"))
+    written = read_image(dataset / "out/00002.jpg")
+    assert np.abs(written - expected[0].permute(1, 2, 0).numpy() * 255).mean() < 4

@@ -2,29 +2,33 @@
 
 python -m tools.convert student student.pth --out authors.pth
 python -m tools.convert backbone simclr.pth --out weights/backbone.pth
-python -m tools.convert translator FOLDER --out data/authors --cfg my.yaml
+python -m tools.convert translator FOLDER_OR_FILE --out data/translated --cfg my.yaml
 
 student: the network that the DiGA authors released -> a checkpoint for evaluate.py --weights and
 selftrain.py --init. Its classes are those of --cfg.
 backbone: a ResNet of old DeepLab ("Scale." before each name; for BGR in 0 ... 255, less a mean), or
 of ProDA's SimCLR -> a file for model.weights.
-translator: the authors' folder that holds enc_s.pth and dec_s2t.pth -> OUT/translated, a translated
-image for each one of cfg.source; a folder for translation.images.
+translator: the authors' folder that holds enc_s.pth and dec_s2t.pth, or a latest_net_G_A.pth of
+pytorch-CycleGAN-and-pix2pix -> a translated image for each one of cfg.source, in a folder for
+translation.images.
 """
 
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from datasets import Images
+from datasets import Images, Whole, loader
 from engine.command import Parser, command
 from engine.config import UserError
 from engine.files import load_tensors, write_atomically
+from engine.images import write_image
+from engine.log import progress
 from engine.loop import Run
 from models import build_segmenter, load_exactly
 from settings import classes, load_config
-from translate_cyclegan import ResidualBlock, layer, write
+from translate_cyclegan import Generator, ResidualBlock, layer
 
 BGR_MEAN = (104.00698793, 116.66876762, 122.67891434)  # of images in 0 ... 255
 STUDENT = {"network": "deeplab_v2_resnet101", "output_stride": 8, "channels": 256, "weights": None}
@@ -57,11 +61,8 @@ def main():
     elif args.kind == "backbone":
         save(args.out, backbone(args.path))
     else:
-        run = Run(cfg, "translator", "translation")
-        run.folder = Path(args.out)
-        generator = run.place(translator(args.path))
-        images = Images(cfg, "source", labelled=False)
-        write(run, generator, images, Path(args.path) / "dec_s2t.pth")
+        load = authors_translator if Path(args.path).is_dir() else cyclegan
+        translate(Run(cfg, "translator", "translation"), load(args.path), Path(args.out))
 
 
 def save(path, state):
@@ -120,7 +121,41 @@ def tensors(path):
     return state
 
 
-class Translator(nn.Module):
+# ---------------------------------------------------------------- translators
+
+
+@torch.no_grad()
+def translate(run, generator, folder):
+    """Write the translation of each source image, of the same size and name, as a JPEG."""
+    generator = run.place(generator)
+    source = Images(run.cfg, "source", labelled=False)
+    for sample in progress(loader(run, Whole(source)), desc=str(folder), unit="img"):
+        height, width = sample["shape"]
+        image = run.fetch(sample["image"][None])
+        image = F.pad(image, (0, -width % 4, 0, -height % 4), mode="reflect")
+        with run.autocast():
+            image = generator(image)
+        image = image[0, :, :height, :width].mul(255).round().byte().permute(1, 2, 0)
+        path = (folder / source.names[sample["index"]]).with_suffix(".jpg")
+        write_image(path, image.cpu().numpy())
+    print(f"translation.images={folder} uses these {len(source)} images")
+
+
+def cyclegan(path):
+    """Return the Generator in a latest_net_G_A.pth. Raises UserError."""
+    state = {key.removeprefix("module."): value for key, value in tensors(path).items()}
+    # old PyTorch versions saved statistics of instance norm, which nothing reads
+    unused = ("running_mean", "running_var", "num_batches_tracked")
+    state = {key: value for key, value in state.items() if not key.endswith(unused)}
+    blocks = len({key.split(".")[1] for key in state if ".conv_block." in key})
+    if "model.1.weight" not in state or not blocks:
+        raise UserError(f"{path}: holds no ResNet generator of CycleGAN; see --help")
+    generator = Generator(len(state["model.1.weight"]), blocks)
+    load_exactly(generator, state, path)
+    return generator
+
+
+class AuthorsGenerator(nn.Module):
     """The DiGA authors' translator: (B, 3, H, W) -> (B, 3, H, W), RGB in [0, 1].
 
     H and W are multiples of 4. After MUNIT; instance norms are assumed, no file holds one.
@@ -145,12 +180,12 @@ class Translator(nn.Module):
         return (rgb * (128 / 255) + self.mean).clamp(0, 1)
 
 
-def translator(folder):
-    """Return the Translator in a folder that holds enc_s.pth and dec_s2t.pth. Raises UserError."""
+def authors_translator(folder):
+    """Return the generator in a folder that holds enc_s.pth and dec_s2t.pth. Raises UserError."""
     blocks = [f"model.{block}.model.{conv}" for block in range(4) for conv in range(2)]
     encoder = ["model.0", "model.1", "model.2", *(f"model.3.{name}" for name in blocks)]
     decoder = [*(f"model.0.{name}" for name in blocks), "model.2", "model.4", "model.5"]
-    generator = Translator()
+    generator = AuthorsGenerator()
     for name, convs, module in (
         ("enc_s.pth", encoder, generator.encoder),
         ("dec_s2t.pth", decoder, generator.decoder),
