@@ -13,9 +13,9 @@ import torch
 
 from engine.command import Parser, command
 from engine.config import UserError
-from engine.files import write_atomically
-from models import Predictor, load_checkpoint
-from settings import classes, load_saved
+from engine.files import load_tensors, write_atomically
+from models import load
+from settings import load_saved
 
 
 def main():
@@ -25,12 +25,13 @@ def main():
     add("--out", required=True, metavar="FILE", help="the ONNX file to write")
     add("overrides", nargs="*", metavar="key.sub=value", help="replaces a value, such as val.size")
     args = parser.parse_intermixed_args()
-    model, own, saved = load_checkpoint(args.weights)
-    cfg = load_saved(saved["config"], args.overrides, args.weights)
-    names = classes(own)
-    written = export(Predictor(model, names).eval(), cfg.val.size or cfg.crop)
+    network = load(args.weights)
+    cfg = load_saved(load_tensors(args.weights)["config"], args.overrides, args.weights)
+    written = export(network, cfg.val.size or cfg.crop)
     write_atomically(args.out, lambda temporary: temporary.write_bytes(written))
-    print(f"{args.out}: image (1, 3, H, W), RGB in [0, 1] -> logits (1, {len(names)}, H, W)")
+    print(
+        f"{args.out}: image (1, 3, H, W), RGB in [0, 1] -> logits (1, {len(network.classes)}, H, W)"
+    )
 
 
 def export(network, size):
