@@ -203,12 +203,11 @@ def measure_translate(cfg, steps):
     run = Run(cfg, "translator", "translation")
     generator = translate_cyclegan.Generator(cfg.translation.filters, cfg.translation.blocks)
     generator, source = run.place(generator), Images(cfg, "source", labelled=False)
-    weights = run.folder / "made_now"
-    run.folder.mkdir(parents=True, exist_ok=True)
+    run.save(run.result, 0, {"generator": generator})
 
     def ours():
-        weights.touch()  # newer than the translated images, so that all are written again
-        translate_cyclegan.write(run, generator, source, weights)
+        run.result.touch()  # newer than the translated images, so that all are written again
+        translate_cyclegan.write(run, source)
 
     return against_networks(run, steps, ours, generator, Whole(source), [1])
 
