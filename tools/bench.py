@@ -43,6 +43,7 @@ from models import build_segmenter
 from settings import checked, classes, load_config
 from tools.pack import pack
 
+ROOT = Path(__file__).parent.parent
 VIEWS = {"warmup": 2, "selftrain": 3}  # of each image, which pass through both networks
 SETTLE = 2  # the first turns, which do not count
 
@@ -58,8 +59,8 @@ def main():
     for part in parts:
         if part not in PARTS:
             raise UserError(f"--parts {part}: no such part; choose from {', '.join(PARTS)}")
-    figures = {"cfg": args.cfg, "overrides": args.overrides}
-    figures |= environment(Run(asked, "bench", "evaluation").device)
+    machine = environment(Run(asked, "bench", "evaluation").device)
+    figures = {"cfg": args.cfg, "overrides": args.overrides} | machine
     print("| part | seconds | bare | ratio | more |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         cfg = load_config(args.cfg, [*args.overrides, *make_files(asked, folder)])
@@ -71,9 +72,6 @@ def main():
             cells.append(", ".join(f"{key} {word}" for key, word in words.items()))
             print(f"| {' | '.join([part, *cells])} |", flush=True)
             write_text(args.out, json.dumps(figures, indent=1) + "\n")
-
-
-# ---------------------------------------------------------------- steps
 
 
 class Timed(Run):
@@ -100,13 +98,13 @@ class Timed(Run):
             self.times[1].append(now(self.device) - between)
 
     def save(self, *_, **__):
-        pass
+        """Write no checkpoint, and no result."""
 
     finish = save
 
 
 def bare_networks(run, images):
-    """Do what the networks of a step do: forward of both, backward of the student."""
+    """Run the networks of a step: forward of both, backward of the student."""
     for _ in range(run.cfg.accumulate):
         with torch.no_grad(), run.autocast():
             run.state["teacher"](images)
@@ -131,10 +129,9 @@ def train(run):
 
 
 def time_steps(tree, stage, steps):
+    """Return a stage's row of the table. tree: the configuration, as plain dicts."""
     run = train(Timed(checked(tree, [], "bench"), stage, steps))
-    found = ratio(*run.times)
-    if stage not in VIEWS:
-        del found["bare"], found["ratio"]
+    found = ratio(*run.times) if stage in VIEWS else {"seconds": median(run.times[0])}
     return found | {"first": run.times[0][0], "GiB": memory_gb(run.device)}
 
 
@@ -142,9 +139,6 @@ def measure_step(stage, cfg, steps):
     """Time a stage's steps. first: the first one, which compiles and chooses kernels. GiB: peak."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:  # no other part's peak
         return pool.apply(time_steps, (plain(cfg), stage, steps))
-
-
-# ---------------------------------------------------------------- parts
 
 
 def measure_loader(cfg, steps):
@@ -156,6 +150,7 @@ def measure_loader(cfg, steps):
 
 
 def time_samples(cfg, domain, kind, read, steps):
+    """Time samples of one image at full size, with the file of `kind` that belongs to it."""
     images = Images(cfg, domain, labelled=domain == "source")
     aligned = Aligned(f"{cfg.output}/{domain}/{kind}", images.names, read, "")
     batch = [0] * (len(cfg[domain].sizes) - 1) + [1]
@@ -184,9 +179,8 @@ def measure_packed(cfg, steps):
 
 def measure_evaluate(cfg, steps):
     run, model = network(cfg, "evaluation")
-    whole, scales = Whole(Images(cfg, "val", labelled=True), cfg.val.size), cfg.evaluation.scales
-    ours = lambda: [*predictions(run, model, whole, scales)]  # noqa: E731
-    return against_networks(run, steps, ours, model, whole, scales)
+    given = model, Whole(Images(cfg, "val", labelled=True), cfg.val.size), cfg.evaluation.scales
+    return against_networks(run, steps, lambda: [*predictions(run, *given)], *given)
 
 
 def measure_pseudo_labels(cfg, steps):
@@ -194,9 +188,8 @@ def measure_pseudo_labels(cfg, steps):
     target = Images(cfg, "target", labelled=False)
     centroids = Centroids(len(classes(cfg)), model.channels).to(run.device)
     given = run, model, target, centroids, run.folder / "pseudo_labels"
-    ours = lambda: [*selftrain.label_target(*given)]  # noqa: E731
-    whole = Whole(target, cfg.target.sizes[-1])
-    return against_networks(run, steps, ours, model, whole, selftrain.SCALES)
+    networks = model, Whole(target, cfg.target.sizes[-1]), selftrain.SCALES
+    return against_networks(run, steps, lambda: [*selftrain.label_target(*given)], *networks)
 
 
 def measure_translate(cfg, steps):
@@ -216,16 +209,17 @@ def measure_gpu_tests(cfg, steps):
     """Run the tests that need a GPU; return how many passed and how many did not."""
     if not torch.cuda.is_available():
         return {}
-    root = Path(__file__).parent.parent
     ask = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"]
-    out = subprocess.run(ask, cwd=root, stdout=subprocess.PIPE, text=True, check=False).stdout
+    out = subprocess.run(ask, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False).stdout
     print(out)
     outcome = re.findall(r"(\d+) (\w+)", out.strip().rpartition("\n")[2])
     return {word: int(count) for count, word in outcome}
 
 
-STEPS = {stage: functools.partial(measure_step, stage) for stage in ("translator", *VIEWS)}
-PARTS = STEPS | {
+PARTS = {
+    "translator": functools.partial(measure_step, "translator"),
+    "warmup": functools.partial(measure_step, "warmup"),
+    "selftrain": functools.partial(measure_step, "selftrain"),
     "loader": measure_loader,
     "packed": measure_packed,
     "evaluate": measure_evaluate,
@@ -233,9 +227,6 @@ PARTS = STEPS | {
     "translate": measure_translate,
     "gpu_tests": measure_gpu_tests,
 }
-
-
-# ---------------------------------------------------------------- turns
 
 
 def now(device):
@@ -256,9 +247,13 @@ def in_turns(clock, turns, *calls):
     return ratio(*seconds)
 
 
+def median(seconds):
+    return statistics.median(seconds[SETTLE:])
+
+
 def ratio(ours, bare):
-    """Return the medians of two lists of seconds and their ratio, without the first turns."""
-    ours, bare = statistics.median(ours[SETTLE:]), statistics.median(bare[SETTLE:])
+    """Return the medians of two lists of seconds, and their ratio."""
+    ours, bare = median(ours), median(bare)
     return {"seconds": ours, "bare": bare, "ratio": ours / bare}
 
 
@@ -279,9 +274,6 @@ def against_networks(run, steps, ours, model, whole, scales):
     return in_turns(functools.partial(now, run.device), steps, ours, bare)
 
 
-# ---------------------------------------------------------------- what is measured
-
-
 def network(cfg, section):
     """Return a run and an untrained network, on its device and in eval mode."""
     run = Run(cfg, "warmup", section)
@@ -295,11 +287,12 @@ def make_files(cfg, folder, count=4):
     Source images are PNGs with filters at level 6, labels paletted, as in GTA5.
     """
     overrides = [f"output={folder}", f"translation.images={folder}/source/translated"]
-    sizes = {domain: cfg[domain].sizes[-1] for domain in ("source", "target")}
-    for domain, size in (sizes | {"val": cfg.val.size or sizes["target"]}).items():
+    full = cfg.target.sizes[-1]
+    sizes = {"source": cfg.source.sizes[-1], "target": full, "val": cfg.val.size or full}
+    for domain, size in sizes.items():
         root = Path(folder) / domain
-        for kind in ("images", "labels"):
-            (root / kind).mkdir(parents=True)
+        (root / "images").mkdir(parents=True)
+        (root / "labels").mkdir()
         for i in range(count):
             image, label = scene(np.random.default_rng(i), size, len(classes(cfg)))
             Image.fromarray(image).save(root / f"images/{i}.png")
@@ -308,8 +301,8 @@ def make_files(cfg, folder, count=4):
             paletted.save(root / f"labels/{i}.png")
             write_image(root / f"translated/{i}.jpg", image)
             write_image(root / f"pseudo/{i}.png", label)
-        for key in (f"root={root}", "layout=folder", "split=null", "ids=index", "list=null"):
-            overrides.append(f"{domain}.{key}")
+        keys = f"root={root}", "layout=folder", "split=null", "ids=index", "list=null"
+        overrides += [f"{domain}.{key}" for key in keys]
     run = "name=bench bn_images=1 val_every=0 workers=0 model.weights=null"
     return [*overrides, *run.split(), "selftrain.diagnose=false", "selftrain.rounds=1"]
 
@@ -317,8 +310,7 @@ def make_files(cfg, folder, count=4):
 def scene(rng, size, count):
     """Return an image of discs that hide each other and its label of `count` classes, uint8.
 
-    Disc sizes follow r^-3. Spectrum and edges are then those of photographs ("dead leaves"), and
-    so is the time to decode the image, unlike that of noise.
+    Disc sizes follow r^-3 ("dead leaves"): it takes as long to decode as a photograph.
     """
     image, label = np.full((*size, 3), 128, np.uint8), np.zeros(size, np.uint8)
     colours = rng.integers(40, 216, (count, 1))
