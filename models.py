@@ -297,6 +297,9 @@ def load_segmenter(path, cfg=None, which="student"):
     Of the Config, `classes` and `model` are its own. Raises UserError, also where `cfg` has others.
     """
     saved = load_tensors(path)
+    if "layer0.0.weight" in saved:
+        remedy = f"python -m tools.convert student {path} --out FILE writes it in ours"
+        raise UserError(f"{path}: is the DiGA authors' student; {remedy}")
     if not {"student", "config"} <= saved.keys():
         fault = "holds no segmentation network of warmup.py, selftrain.py or tools.baselines"
         remedy = "of another project's weights, tools/convert.py makes one"

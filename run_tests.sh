@@ -2,6 +2,7 @@
 # Lint, format and all tests:  bash run_tests.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "$0")"
+REQUIREMENTS="${REQUIREMENTS:-tests/requirements.txt}"
 . tools/env.sh
 # The scores are compared with those of cityscapesscripts. Its requirements stay out, for one of them
 # is PyPI's typing: see tools/env.sh.

@@ -3,16 +3,15 @@
 #   bash tools/ablate.sh [CONFIG [PART ...]]
 # Leaves runs/NAME_PART beside runs/NAME and prints one table.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+user="$PWD"
+here="$(cd "$(dirname "$0")/.." && pwd)"
+cd "$here"
 . tools/env.sh
+cd "$user"
 
 config="${1:-configs/demo.yaml}"
 shift || true
-run=$(python -c 'import sys
-from engine.command import command
-from settings import load_config
-command(lambda: print(*map(load_config(sys.argv[1]).get, ("output", "name")), sep="/"))' "$config")
-
+[ -e "$config" ] || [ ! -e "$here/$config" ] || config="$here/$config"
 declare -A parts=(
   [no_edge]="translation.edge=0"
   [no_crdomix]="warmup.crdomix=false selftrain.crdomix=false"
@@ -31,17 +30,34 @@ declare -A parts=(
 names=("$@")
 [ $# -gt 0 ] || names=("${!parts[@]}")
 for part in "${names[@]}"; do
+  if [ -z "${parts[$part]:-}" ]; then
+    echo "ablate.sh: $part: no such part; choose from ${!parts[*]}" >&2
+    exit 2
+  fi
+done
+run=$(PYTHONPATH="$here" python -c 'import sys
+from engine.command import command
+from settings import load_config
+command(lambda: print(*map(load_config(sys.argv[1]).get, ("output", "name")), sep="/"))' "$config")
+if [ ! -e "$run/results.json" ]; then
+  echo "ablate.sh: $run: is no finished run; bash run_all.sh $config comes first" >&2
+  exit 2
+fi
+
+for part in "${names[@]}"; do
   changes="${parts[$part]}"
   folder="${run}_$part"
   mkdir -p "$folder"
   stages="[warmup,selftrain]"
   case "$changes" in
     translation.*) stages="[translate,warmup,selftrain]" ;;
-    *) changes+=" translation.images=$run/translated" ;;
+    *) [ ! -e "$run/translated" ] || changes+=" translation.images=$run/translated" ;;
   esac
   # a change of the self-training alone starts from the run's own warm-up
-  case "$changes" in selftrain.*) cp -n "$run/warmup.pth" "$folder/" ;; esac
-  bash run_all.sh "$config" "name=$(basename "$folder")" "stages=$stages" $changes
+  case "$changes" in
+    selftrain.*) [ -e "$folder/warmup.pth" ] || cp "$run/warmup.pth" "$folder/" ;;
+  esac
+  bash "$here/run_all.sh" "$config" "name=$(basename "$folder")" "stages=$stages" $changes
 done
 
 python - "$run" <<'PYTHON'
@@ -52,8 +68,9 @@ run = Path(sys.argv[1])
 print("| | warm-up | round 1 | self-training |\n| --- | --- | --- | --- |")
 for path in (run, *sorted(run.parent.glob(f"{run.name}_*"))):
     if (path / "results.json").exists():
-        results = json.loads((path / "results.json").read_text())
-        scores = [results[stage]["miou"] for stage in ("warmup", "selftrain_round1", "selftrain")]
+        results = json.loads((path / "results.json").read_text("utf-8"))
+        stages = ("warmup", "selftrain_round1", "selftrain")
+        scores = [results.get(stage, {}).get("miou") for stage in stages]
         name = path.name.removeprefix(run.name).removeprefix("_") or "all of DiGA"
         print("|", name, "|", " | ".join("-" if x is None else f"{x:.1f}" for x in scores), "|")
 PYTHON

@@ -1,15 +1,22 @@
-"""Time every stage against its bare networks, on made-up images of the configuration's sizes.
+"""Time every stage against its bare networks, on made-up images of a configuration's sizes.
 
     python -m tools.bench --cfg config.yaml          # on the device of the configuration
     python -m tools.bench --cfg configs/demo.yaml --steps 30 --parts warmup,loader
+    python -m tools.bench --cfg config.yaml precision=bf16 compile=true
 
-Both sides of a ratio take turns in one process. Prints the medians and writes them to bench.json.
+Both sides of a ratio take turns in one process. Prints a Markdown table of medians, seconds where
+nothing else is said, and writes the same to a JSON file. Where there is a GPU, its tests run too.
 """
 
+import contextlib
 import functools
+import itertools
 import json
 import multiprocessing
+import re
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,259 +24,306 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
-from engine.run import Run
 from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
 
 import selftrain
 import translate_cyclegan
 import warmup
-from datasets import Crops, Images, Whole, translated_images
+from datasets import Crops, Images, Whole
 from engine.command import arguments, command
 from engine.config import UserError, plain
 from engine.device import environment, memory_gb
 from engine.files import write_text
 from engine.folders import Aligned
-from engine.images import keep_freed_memory, read_label
-from losses import Centroids, upsample
+from engine.images import read_image, read_label, write_image
+from engine.loop import Run
+from losses import Centroids
 from metrics import at_scales, predictions
-from models import ema_update, load_segmenter, make_teacher
+from models import build_segmenter
 from settings import checked, classes, load_config
 from tools.pack import pack
-from tools.timed import Timed, bare_networks, make_files, times, train, warmed_up
-from translate_cyclegan import Generator
 
-GPU_STEP = {"warmup": 0.094, "selftrain": 0.140}  # seconds of a step of config.yaml on a GPU
+ROOT = Path(__file__).parent.parent
+VIEWS = {"warmup": 2, "selftrain": 3}  # of each image, which pass through both networks
+SETTLE = 2  # the first turns, which do not count
 
 
 def main():
     parser = arguments(__doc__)
     add = parser.add_argument
     add("--steps", type=int, default=10, help="repetitions of each measurement (%(default)s)")
-    add("--parts", default=PARTS, help="what to measure (%(default)s)")
+    add("--parts", default=",".join(PARTS), help="what to measure (%(default)s)")
     add("--out", default="bench.json", help="the JSON file to write (%(default)s)")
     args = parser.parse_intermixed_args()
-    asked = load_config(args.cfg, args.overrides)
+    asked, parts = load_config(args.cfg, args.overrides), args.parts.split(",")
+    for part in parts:
+        if part not in PARTS:
+            raise UserError(f"--parts {part}: no such part; choose from {', '.join(PARTS)}")
+    machine = environment(Run(asked, "bench", "evaluation").device)
+    figures = {"cfg": args.cfg, "overrides": args.overrides} | machine
+    print("| part | seconds | bare | ratio | more |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         cfg = load_config(args.cfg, [*args.overrides, *make_files(asked, folder)])
-        figures = {"cfg": args.cfg, **environment(Run(cfg, "bench", "evaluation").device)}
-        for part in args.parts.split(","):
-            if part not in MEASURES:
-                raise UserError(f"--parts {part}: there is no such part; choose from {PARTS}")
-            figures[part] = MEASURES[part](cfg, args.steps)
-            words = (f"{key} {value:.4g}" for key, value in figures[part].items())
-            print(f"{part}: {', '.join(words)}", flush=True)
-    steps = {"warmup": asked.warmup.steps}
-    steps["selftrain"] = asked.selftrain.steps * asked.selftrain.rounds
-    hours = {s: figures[s]["seconds"] * n / 3600 for s, n in steps.items() if s in figures}
-    print("hours of training: " + ", ".join(f"{stage} {x:.3g}" for stage, x in hours.items()))
-    write_text(args.out, json.dumps(figures | {"hours": hours}, indent=1) + "\n")
+        for part in parts:
+            with contextlib.redirect_stdout(sys.stderr):
+                figures[part] = PARTS[part](cfg, args.steps)
+            words = {key: f"{value:.4g}" for key, value in figures[part].items()}
+            cells = [words.pop(key, "") for key in ("seconds", "bare", "ratio")]
+            cells.append(", ".join(f"{key} {word}" for key, word in words.items()))
+            print(f"| {' | '.join([part, *cells])} |", flush=True)
+            write_text(args.out, json.dumps(figures, indent=1) + "\n")
 
 
-def ratio(ours, bare, first=2):
-    """Return the medians of two lists of seconds and ours / bare, without the first turns."""
-    ours, bare = statistics.median(ours[first:]), statistics.median(bare[first:])
+class Timed(Run):
+    """A run that repeats its first batch `repeats` + SETTLE times and writes nothing.
+
+    times: seconds of each step, and of the bare networks after it.
+    """
+
+    def __init__(self, cfg, stage, repeats):
+        super().__init__(cfg, stage, "translation" if stage == "translator" else stage)
+        self.repeats, self.times = repeats, ([], [])
+
+    def steps(self, batches, total):
+        batch = self.fetch(next(iter(batches)))
+        views = VIEWS.get(self.stage, 0) * batches.batch_size
+        images = torch.rand(views, 3, *self.cfg.crop, device=self.device)
+        for step in range(self.repeats + SETTLE):
+            started = now(self.device)
+            yield min(step, total - 1), [batch] * self.cfg.accumulate
+            between = now(self.device)
+            if views:
+                bare_networks(self, images)
+            self.times[0].append(between - started)
+            self.times[1].append(now(self.device) - between)
+
+    def save(self, *_, **__):
+        """Write no checkpoint, and no result."""
+
+    finish = save
+
+
+def bare_networks(run, images):
+    """Run the networks of a step: forward of both, backward of the student."""
+    for _ in range(run.cfg.accumulate):
+        with torch.no_grad(), run.autocast():
+            run.state["teacher"](images)
+        with run.autocast():
+            logits, *_ = run.state["student"](images)
+        logits.backward(torch.ones_like(logits))
+    run.state["optimizer"].zero_grad()
+
+
+def train(run):
+    """Run the loop of a Timed, without what its stage needs to have been done before."""
+    run.is_finished(True)
+    if run.stage == "translator":
+        translate_cyclegan.train(run, Images(run.cfg, "source", labelled=True))
+    elif run.stage == "warmup":
+        warmup.train(run)
+    else:
+        first, model = network(run.cfg, "warmup")
+        first.save(first.result, 0, {"student": model})
+        selftrain.train(run, first.result, run.folder / "pseudo_labels")
+    return run
+
+
+def time_steps(tree, stage, steps):
+    """Return a stage's row of the table. tree: the configuration, as plain dicts."""
+    run = train(Timed(checked(tree, [], "bench"), stage, steps))
+    found = ratio(*run.times) if stage in VIEWS else {"seconds": median(run.times[0])}
+    return found | {"first": run.times[0][0], "GiB": memory_gb(run.device)}
+
+
+def measure_step(stage, cfg, steps):
+    """Time a stage's steps. first: the first one, which compiles and chooses kernels. GiB: peak."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # no other part's peak
+        return pool.apply(time_steps, (plain(cfg), stage, steps))
+
+
+def measure_loader(cfg, steps):
+    """Time a sample of the warm-up, and one of self-training, against decoding their files."""
+    source = time_samples(cfg, "source", "translated", read_image, steps)
+    target = time_samples(cfg, "target", "pseudo", read_label, steps)
+    ours, bare = source["seconds"] + target["seconds"], source["bare"] + target["bare"]
+    return source | {"selftrain": ours, "selftrain_bare": bare, "selftrain_ratio": ours / bare}
+
+
+def time_samples(cfg, domain, kind, read, steps):
+    """Time samples of one image at full size, with the file of `kind` that belongs to it."""
+    images = Images(cfg, domain, labelled=domain == "source")
+    aligned = Aligned(f"{cfg.output}/{domain}/{kind}", images.names, read, "")
+    batch = [0] * (len(cfg[domain].sizes) - 1) + [1]
+    crops = Crops(cfg, "bench", domain, images, batch, 10**6, aligned={kind: aligned})
+
+    def decode(n):
+        i = crops._index(n)
+        cv2.imread(str(images.folder / images.names[i]))
+        cv2.imread(str(aligned.paths[i]), cv2.IMREAD_UNCHANGED)
+        if images.labelled:
+            np.array(Image.open(images.label_paths[i]))  # paletted
+
+    ours, bare = (map(call, itertools.count()).__next__ for call in (crops.__getitem__, decode))
+    return in_turns(time.process_time, 5 * steps, ours, bare)
+
+
+def measure_packed(cfg, steps):
+    """Time the same samples from the files that tools.pack writes."""
+    overrides = []
+    for domain in ("source", "target"):
+        root = Path(cfg.output) / "packed" / domain
+        pack(Images(cfg, domain, labelled=domain == "source"), cfg[domain], root)
+        overrides.append(f"{domain}.root={root}")
+    return measure_loader(checked(cfg, overrides, "bench"), steps)
+
+
+def measure_evaluate(cfg, steps):
+    run, model = network(cfg, "evaluation")
+    given = model, Whole(Images(cfg, "val", labelled=True), cfg.val.size), cfg.evaluation.scales
+    return against_networks(run, steps, lambda: [*predictions(run, *given)], *given)
+
+
+def measure_pseudo_labels(cfg, steps):
+    run, model = network(cfg, "selftrain")
+    target = Images(cfg, "target", labelled=False)
+    centroids = Centroids(len(classes(cfg)), model.channels).to(run.device)
+    given = run, model, target, centroids, run.folder / "pseudo_labels"
+    networks = model, Whole(target, cfg.target.sizes[-1]), selftrain.SCALES
+    return against_networks(run, steps, lambda: [*selftrain.label_target(*given)], *networks)
+
+
+def measure_translate(cfg, steps):
+    run = Run(cfg, "translator", "translation")
+    generator = translate_cyclegan.Generator(cfg.translation.filters, cfg.translation.blocks)
+    generator, source = run.place(generator), Images(cfg, "source", labelled=False)
+    run.save(run.result, 0, {"generator": generator})
+
+    def ours():
+        run.result.touch()  # newer than the translated images, so that all are written again
+        translate_cyclegan.write(run, source)
+
+    return against_networks(run, steps, ours, generator, Whole(source), [1])
+
+
+def measure_gpu_tests(cfg, steps):
+    """Run the tests that need a GPU; return how many passed and how many did not."""
+    if not torch.cuda.is_available():
+        return {}
+    ask = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"]
+    out = subprocess.run(ask, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False).stdout
+    print(out)
+    outcome = re.findall(r"(\d+) (\w+)", out.strip().rpartition("\n")[2])
+    return {word: int(count) for count, word in outcome}
+
+
+PARTS = {
+    "translator": functools.partial(measure_step, "translator"),
+    "warmup": functools.partial(measure_step, "warmup"),
+    "selftrain": functools.partial(measure_step, "selftrain"),
+    "loader": measure_loader,
+    "packed": measure_packed,
+    "evaluate": measure_evaluate,
+    "pseudo_labels": measure_pseudo_labels,
+    "translate": measure_translate,
+    "gpu_tests": measure_gpu_tests,
+}
+
+
+def now(device):
+    """Return the time in seconds, once the device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def in_turns(clock, turns, *calls):
+    """Return the ratio of two functions that are called in turns."""
+    seconds = [], []
+    for _ in range(turns + SETTLE):
+        for call, kept in zip(calls, seconds, strict=True):
+            started = clock()
+            call()
+            kept.append(clock() - started)
+    return ratio(*seconds)
+
+
+def median(seconds):
+    return statistics.median(seconds[SETTLE:])
+
+
+def ratio(ours, bare):
+    """Return the medians of two lists of seconds, and their ratio."""
+    ours, bare = median(ours), median(bare)
     return {"seconds": ours, "bare": bare, "ratio": ours / bare}
 
 
-def alternate(device, steps, ours, bare):
-    """Return the ratio of two functions that are called in turns."""
-    return ratio(*times(device, steps + 2, ours, bare))
+@torch.no_grad()
+def against_networks(run, steps, ours, model, whole, scales):
+    """Return the ratio of a function to passing all images of a datasets.Whole through the model.
 
+    The images are on the device; their sides are cut to multiples of 4.
+    """
+    images = [run.fetch(torch.tensor(sample["image"])[None]) for sample in whole]
+    images = [x[..., : x.shape[2] // 4 * 4, : x.shape[3] // 4 * 4] for x in images]
 
-def bare_pass(run, model, whole, scales):
-    """Return a function that passes all images of a datasets.Whole through the model."""
-    images = [torch.from_numpy(sample["image"]).permute(2, 0, 1)[None] / 255 for sample in whole]
-    images = [x.to(run.device).contiguous(memory_format=torch.channels_last) for x in images]
-
-    @torch.no_grad()
     def bare():
         for image in images:
             with run.autocast():
                 at_scales(model, image, scales)
 
-    return bare
+    return in_turns(functools.partial(now, run.device), steps, ours, bare)
 
 
-def measure_warmup(cfg, steps):
-    bare = functools.partial(bare_networks, 2 * sum(cfg.warmup.batch))
-    run = train(Timed(cfg, "warmup", "warmup", steps, bare))
-    return ratio(*run.times) | {"memory_gb": memory_gb(run.device)}
+def network(cfg, section):
+    """Return a run and an untrained network, on its device and in eval mode."""
+    run = Run(cfg, "warmup", section)
+    model = build_segmenter(num_classes=len(classes(cfg)), **cfg.model)
+    return run, run.place(model).eval()
 
 
-def measure_selftrain(cfg, steps):
-    bare = functools.partial(bare_networks, 3 * sum(cfg.selftrain.batch))
-    run = train(Timed(cfg, "selftrain", "selftrain", steps, bare))
-    return ratio(*run.times) | {"memory_gb": memory_gb(run.device)}
+def make_files(cfg, folder, count=4):
+    """Write `count` images and labels of each domain; return overrides that use them.
 
-
-def measure_loader(cfg, steps):
-    """Time a sample of the warm-up and one of self-training against decoding their files.
-
-    In core-seconds. cores: how many load the batches of a GPU whose step takes GPU_STEP.
+    Source images are PNGs with filters at level 6, labels paletted, as in GTA5.
     """
-    source, target = Images(cfg, "source", labelled=True), Images(cfg, "target", labelled=False)
-    pseudo = Aligned(f"{cfg.output}/target/pseudo", target.names, read_label, "")
-    translated = translated_images(cfg, source)
-    batch = [0] * (len(cfg.source.sizes) - 1) + [1]
-    of_source = Crops(cfg, "bench", "source", source, batch, 10**6, translated=translated)
-    of_target = Crops(cfg, "bench", "target", target, batch, 10**6, pseudo=pseudo)
-
-    def decode(crops, n):
-        i = crops._index(n)
-        cv2.imread(str(crops.images.folder / crops.images.names[i]))
-        if crops is of_target:
-            cv2.imread(str(pseudo.paths[i]), cv2.IMREAD_UNCHANGED)
-        else:
-            cv2.imread(str(translated.paths[i]))
-            np.array(Image.open(source.label_paths[i]))
-
-    keep_freed_memory()  # as in a DataLoader worker
-    calls = [crops.__getitem__ for crops in (of_source, of_target)]
-    calls += [functools.partial(decode, crops) for crops in (of_source, of_target)]
-    seconds = [[] for _ in calls]
-    for n in range(5 * steps + 2):
-        for call, kept in zip(calls, seconds, strict=True):
-            started = time.process_time()
-            call(n)
-            kept.append(time.process_time() - started)
-    ours, ours_target, bare, bare_target = (statistics.median(kept[2:]) for kept in seconds)
-    both, bare_both = ours + ours_target, bare + bare_target
-    figures = {"seconds": ours, "bare": bare, "ratio": ours / bare}
-    figures["cores"] = ours * sum(cfg.warmup.batch) / GPU_STEP["warmup"]
-    figures |= {"selftrain": both, "selftrain_bare": bare_both, "selftrain_ratio": both / bare_both}
-    figures["selftrain_cores"] = both * sum(cfg.selftrain.batch) / GPU_STEP["selftrain"]
-    return figures
+    overrides = [f"output={folder}", f"translation.images={folder}/source/translated"]
+    full = cfg.target.sizes[-1]
+    sizes = {"source": cfg.source.sizes[-1], "target": full, "val": cfg.val.size or full}
+    for domain, size in sizes.items():
+        root = Path(folder) / domain
+        (root / "images").mkdir(parents=True)
+        (root / "labels").mkdir()
+        for i in range(count):
+            image, label = scene(np.random.default_rng(i), size, len(classes(cfg)))
+            Image.fromarray(image).save(root / f"images/{i}.png")
+            paletted = Image.frombytes("P", size[::-1], label.tobytes())
+            paletted.putpalette([*range(256)] * 3)
+            paletted.save(root / f"labels/{i}.png")
+            write_image(root / f"translated/{i}.jpg", image)
+            write_image(root / f"pseudo/{i}.png", label)
+        keys = f"root={root}", "layout=folder", "split=null", "ids=index", "list=null"
+        overrides += [f"{domain}.{key}" for key in keys]
+    run = "name=bench bn_images=1 val_every=0 workers=0 model.weights=null"
+    return [*overrides, *run.split(), "selftrain.diagnose=false", "selftrain.rounds=1"]
 
 
-def measure_packed(cfg, steps):
-    """Time the same samples from the files that tools.pack writes."""
-    roots = {domain: Path(cfg.output) / "packed" / domain for domain in ("source", "target")}
-    for domain, root in roots.items():
-        pack(Images(cfg, domain, labelled=domain == "source"), cfg[domain], root)
-    overrides = [f"{domain}.root={root}" for domain, root in roots.items()]
-    return measure_loader(checked(cfg, overrides, "bench"), steps)
+def scene(rng, size, count):
+    """Return an image of discs that hide each other and its label of `count` classes, uint8.
 
+    Disc sizes follow r^-3 ("dead leaves"): it takes as long to decode as a photograph.
+    """
+    image, label = np.full((*size, 3), 128, np.uint8), np.zeros(size, np.uint8)
+    colours = rng.integers(40, 216, (count, 1))
+    for _ in range(size[0] * size[1] // 100):
+        k, at = int(rng.integers(count)), rng.integers(0, size[::-1]).tolist()
+        radius = 1.5 / max(rng.random(), (6 / size[0]) ** 2) ** 0.5
+        shade = colours[k] + rng.normal(0, 25) + rng.normal(0, 8, 3)
+        cv2.circle(image, at, max(round(radius), 1), shade.clip(0, 255).tolist(), cv2.FILLED)
+        if radius > size[0] / 60:
+            cv2.circle(label, at, round(radius), k, cv2.FILLED)
+    image = cv2.GaussianBlur(image, (0, 0), 0.8) + rng.normal(0, 0.8, image.shape)
+    return image.clip(0, 255).astype(np.uint8), label
 
-def measure_evaluate(cfg, steps):
-    run = Run(cfg, "evaluate", "evaluation")
-    model = run.place(load_segmenter(warmed_up(cfg), cfg)[0]).eval()
-    whole, scales = Whole(Images(cfg, "val", labelled=True), cfg.val.size), cfg.evaluation.scales
-    bare = bare_pass(run, model, whole, scales)
-    return alternate(run.device, steps, lambda: [*predictions(run, model, whole, scales)], bare)
-
-
-def measure_pseudo_labels(cfg, steps):
-    run = Run(cfg, "selftrain", "selftrain")
-    model = run.place(load_segmenter(warmed_up(cfg), cfg)[0]).eval()
-    target = Images(cfg, "target", labelled=False)
-    centroids = Centroids(len(classes(cfg)), model.channels).to(run.device)
-    what = run, model, target, centroids, run.folder / "pseudo_labels"
-    bare = bare_pass(run, model, Whole(target, cfg.target.sizes[-1]), selftrain.SCALES)
-    return alternate(run.device, steps, lambda: [*selftrain.label_target(*what)], bare)
-
-
-def measure_translate(cfg, steps):
-    run = Run(cfg, "translator", "translation")
-    generator = run.place(Generator(cfg.translation.filters, cfg.translation.blocks))
-    source = Images(cfg, "source", labelled=False)
-    images = [torch.from_numpy(source.image(i)) for i in range(len(source))]
-    images = [x[: len(x) // 4 * 4].permute(2, 0, 1)[None].to(run.device) / 255 for x in images]
-    weights = run.folder / "translator.pth"
-    run.folder.mkdir(parents=True, exist_ok=True)
-
-    def ours():
-        weights.touch()  # newer than the translated images, so that all are written again
-        translate_cyclegan.write(run, generator, source, weights)
-
-    @torch.no_grad()
-    def bare():
-        with run.autocast():
-            for image in images:
-                generator(image)
-
-    return alternate(run.device, steps, ours, bare)
-
-
-def measure_teacher(cfg, steps):
-    run = Run(cfg, "warmup", "warmup")
-    student = run.place(load_segmenter(warmed_up(cfg), cfg)[0])
-    teacher = make_teacher(student)
-    [update] = times(run.device, steps + 2, lambda: ema_update(teacher, student, 1000))
-    return {"seconds": statistics.median(update[2:])}
-
-
-def measure_checkpoint(cfg, steps):
-    """Time a checkpoint and sample pictures; their share of a warm-up at the set intervals."""
-    run = train(Timed(cfg, "warmup", "warmup", steps))
-    [save] = times(run.device, 3, lambda: Run.save(run, run.unfinished, 0, run.state))
-    one, device = (1, *cfg.crop), run.device
-    pictures = {f"image_{k}": torch.rand(1, 3, *cfg.crop, device=device) for k in range(4)}
-    pictures |= {f"labels_{k}": torch.randint(2, one, device=device) for k in range(3)}
-    run.shows = 1
-    with SummaryWriter(run.folder / "tensorboard") as run.figures.writer:
-        [show] = times(run.device, 3, lambda: run.show(classes(cfg), **pictures))
-    step, save, show = map(statistics.median, (run.times[0][2:], save, show))
-    figures = {"seconds": save, "share_percent": 100 * save / step / cfg.save_every}
-    return figures | {"pictures": show, "pictures_percent": 100 * show / step / cfg.pictures_every}
-
-
-def compare(ours, theirs, steps, blocks=3):
-    """Time warm-up steps of two configurations, in turns of `steps` steps each."""
-    runs = [Timed(cfg, "warmup", "warmup", steps) for cfg in (ours, theirs)]
-    for run in runs * blocks:
-        train(run)
-    taken = [[t for at, t in enumerate(run.times[0]) if at % (steps + 2) >= 2] for run in runs]
-    ours, theirs = map(statistics.median, taken)
-    return {"seconds": ours, "theirs": theirs, "ratio": ours / theirs}
-
-
-def measure_precision(cfg, steps):
-    """Time the configuration's precision against single precision."""
-    return compare(cfg, checked(cfg, ["precision=fp32"], "bench"), steps)
-
-
-def measure_classes(cfg, steps):
-    """Time 150 classes against 19."""
-    cfg = dict(cfg, evaluation=dict(cfg.evaluation, subsets={}))
-    colours = {n: {f"c{k}": [k, k, k] for k in range(n)} for n in (150, 19)}
-    cfgs = [checked(cfg | {"classes": colours[n]}, [], "bench") for n in colours]
-    return compare(*cfgs, steps)
-
-
-def measure_memory(cfg, steps):
-    """Return the peak in GiB of a warm-up, of one with plain losses, and of that in fp32."""
-    peaks = []
-    for plainly, precision in ((False, cfg.precision), (True, cfg.precision), (True, "fp32")):
-        tree = plain(cfg) | {"precision": precision, "name": "memory"}
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            peaks.append(pool.apply(_peak_gb, (tree, plainly)))
-    ours, theirs, single = peaks
-    figures = {"gb": ours, "plain_gb": theirs, "ratio": ours / theirs}
-    return figures | {"plain_fp32_gb": single, "fp32_ratio": ours / single}
-
-
-def _peak_gb(tree, plainly):
-    """Return the peak memory of some warm-up steps, with the losses in their plain form or not."""
-
-    def supervised_loss(logits, labels):
-        logits = upsample(logits, labels.shape[-2:])
-        return F.cross_entropy(logits, labels, ignore_index=255, reduction="sum") / labels.numel()
-
-    def symmetric_distillation(student, teacher, strong_to_weak, size):
-        weak, strong = upsample(student, size).chunk(2)
-        weak_p, strong_p = upsample(teacher, size).softmax(1).chunk(2)
-        return F.cross_entropy(strong, weak_p) + strong_to_weak * F.cross_entropy(weak, strong_p)
-
-    if plainly:
-        warmup.supervised_loss = supervised_loss
-        warmup.symmetric_distillation = symmetric_distillation
-    return memory_gb(train(Timed(checked(tree, [], "bench"), "warmup", "warmup", 2)).device)
-
-
-MEASURES = {name[8:]: f for name, f in dict(globals()).items() if name.startswith("measure_")}
-PARTS = ",".join(MEASURES)
 
 if __name__ == "__main__":
     command(main)

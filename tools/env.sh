@@ -9,9 +9,13 @@ if [ -z "${VIRTUAL_ENV:-${CONDA_PREFIX:-}}" ]; then
 fi
 environment="${VIRTUAL_ENV:-$CONDA_PREFIX}"
 requirements="${REQUIREMENTS:-requirements.txt}"
-if ! cmp -s "$requirements" "$environment/.diga-requirements.txt"; then
+# each file has a stamp of its own, which holds the files that it names by -r as well
+stamp="$environment/.diga-${requirements//\//_}"
+wanted="$(cat "$requirements"; sed -n 's/^-r //p' "$requirements" |
+  while read -r file; do cat "$(dirname "$requirements")/$file"; done)"
+if [ ! -f "$stamp" ] || [ "$wanted" != "$(cat "$stamp")" ]; then
   python -m pip install --quiet --disable-pip-version-check -r "$requirements"
-  cp "$requirements" "$environment/.diga-requirements.txt"
+  printf '%s\n' "$wanted" > "$stamp"
 fi
 # PyPI's package typing is for Python 2 and 3.4. The worker processes of torch.compile import it in
 # place of Python's own module, and crash.
