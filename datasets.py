@@ -154,7 +154,8 @@ def find_pairs(spec, labelled):
 
     spec: a section of the configuration. The names are relative to the folder.
     """
-    pairs = LAYOUTS.get(spec.layout) if isinstance(spec.layout, str) else [spec.layout.values()]
+    own = spec.layout
+    pairs = LAYOUTS[own] if isinstance(own, str) else [(own["images"], own["labels"])]
     for pair in pairs:
         if spec.ids == "train_ids":
             pair = [pattern.replace("labelIds", "labelTrainIds") for pattern in pair]

@@ -287,8 +287,8 @@ class Predictor(nn.Module):
 
 def load(path):
     """Return the Predictor of a checkpoint's student, in eval mode on the CPU. Raises UserError."""
-    model, cfg, _ = load_segmenter(path)
-    return Predictor(model, classes(cfg), cfg.val.size or cfg.target.sizes[-1]).eval()
+    model, cfg, saved = load_segmenter(path)
+    return Predictor(model, classes(cfg), saved["config"].get("val", {}).get("size")).eval()
 
 
 def load_segmenter(path, cfg=None, which="student"):
@@ -304,8 +304,7 @@ def load_segmenter(path, cfg=None, which="student"):
         fault = "holds no segmentation network of warmup.py, selftrain.py or tools.baselines"
         remedy = "of another project's weights, tools/convert.py makes one"
         raise UserError(f"{path}: {fault}; {remedy}")
-    kept = ("classes", "model", "val", "target")
-    own = {key: saved["config"][key] for key in kept if key in saved["config"]}
+    own = {key: saved["config"][key] for key in ("classes", "model") if key in saved["config"]}
     own = load_saved(own, (), f"{path}: config")
     names, wanted = list(classes(own)), list(classes(cfg or own))
     if names != wanted:

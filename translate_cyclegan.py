@@ -41,7 +41,10 @@ def main():
     target = Images(cfg, "target", labelled=False)
     if not run.is_finished(args.force, [source, target]):
         train(run, source.check(), target.check())
-    write(run, source)
+    generator = Generator(cfg.translation.filters, cfg.translation.blocks)
+    load_exactly(generator, load_tensors(run.result).get("generator", {}), run.result)
+    made = run.result.stat().st_mtime
+    write(run, run.place(generator), source, run.folder / "translated", made)
 
 
 def train(run, source, target):
@@ -117,13 +120,12 @@ def train(run, source, target):
 
 
 @torch.no_grad()
-def write(run, source):
-    """Write translated/NAME.jpg for every source image, of the same size, with the stage's result.
+def write(run, generator, source, folder, made):
+    """Write the translation of every source image to NAME.jpg in `folder`, of the same size.
 
     JPEG takes a third of a PNG's disk space and of its decoding, which is most of a sample's time.
-    Images that were written after the result and after their own image are left alone.
+    Images that were written after the time `made` and after their own image are left alone.
     """
-    folder, made = run.folder / "translated", run.result.stat().st_mtime
     paths = [(folder / name).with_suffix(".jpg") for name in source.names]
 
     def is_old(path, name):
@@ -133,9 +135,6 @@ def write(run, source):
     def choose():
         return [i for i, path in enumerate(paths) if is_old(path, source.names[i])]
 
-    generator = Generator(run.cfg.translation.filters, run.cfg.translation.blocks)
-    load_exactly(generator, load_tensors(run.result).get("generator", {}), run.result)
-    generator = run.place(generator)
     todo = decided_by_first(choose)  # before another process writes one of them
     images = loader(run, Subset(Whole(source), todo))
     with image_writer() as write_image:
@@ -146,7 +145,7 @@ def write(run, source):
                 image = generator(image)
             image = image[0, :, :height, :width].mul(255).round().byte().permute(1, 2, 0)
             write_image(paths[sample["index"]], image.cpu().numpy())
-    print(f"translator: {len(paths)} translated images are in {folder}")
+    print(f"{run.stage}: {len(paths)} translated images are in {folder}")
 
 
 def least_squares(scores, wanted):

@@ -41,7 +41,6 @@ from losses import Centroids
 from metrics import at_scales, predictions
 from models import build_segmenter
 from settings import checked, classes, load_config
-from tools.pack import pack
 
 ROOT = Path(__file__).parent.parent
 VIEWS = {"warmup": 2, "selftrain": 3}  # of each image, which pass through both networks
@@ -117,14 +116,15 @@ def bare_networks(run, images):
 def train(run):
     """Run the loop of a Timed, without what its stage needs to have been done before."""
     run.is_finished(True)
+    source, target = Images(run.cfg, "source", True), Images(run.cfg, "target", False)
     if run.stage == "translator":
-        translate_cyclegan.train(run, Images(run.cfg, "source", labelled=True))
+        translate_cyclegan.train(run, source, target)
     elif run.stage == "warmup":
-        warmup.train(run)
+        warmup.train(run, None, source)
     else:
         first, model = network(run.cfg, "warmup")
         first.save(first.result, 0, {"student": model})
-        selftrain.train(run, first.result, run.folder / "pseudo_labels")
+        selftrain.train(run, first.result, run.folder / "pseudo_labels", source, target)
     return run
 
 
@@ -167,16 +167,6 @@ def time_samples(cfg, domain, kind, read, steps):
     return in_turns(time.process_time, 5 * steps, ours, bare)
 
 
-def measure_packed(cfg, steps):
-    """Time the same samples from the files that tools.pack writes."""
-    overrides = []
-    for domain in ("source", "target"):
-        root = Path(cfg.output) / "packed" / domain
-        pack(Images(cfg, domain, labelled=domain == "source"), cfg[domain], root)
-        overrides.append(f"{domain}.root={root}")
-    return measure_loader(checked(cfg, overrides, "bench"), steps)
-
-
 def measure_evaluate(cfg, steps):
     run, model = network(cfg, "evaluation")
     given = model, Whole(Images(cfg, "val", labelled=True), cfg.val.size), cfg.evaluation.scales
@@ -196,11 +186,10 @@ def measure_translate(cfg, steps):
     run = Run(cfg, "translator", "translation")
     generator = translate_cyclegan.Generator(cfg.translation.filters, cfg.translation.blocks)
     generator, source = run.place(generator), Images(cfg, "source", labelled=False)
-    run.save(run.result, 0, {"generator": generator})
 
     def ours():
-        run.result.touch()  # newer than the translated images, so that all are written again
-        translate_cyclegan.write(run, source)
+        folder = run.folder / "translated"
+        translate_cyclegan.write(run, generator, source, folder, time.time())
 
     return against_networks(run, steps, ours, generator, Whole(source), [1])
 
@@ -221,7 +210,6 @@ PARTS = {
     "warmup": functools.partial(measure_step, "warmup"),
     "selftrain": functools.partial(measure_step, "selftrain"),
     "loader": measure_loader,
-    "packed": measure_packed,
     "evaluate": measure_evaluate,
     "pseudo_labels": measure_pseudo_labels,
     "translate": measure_translate,

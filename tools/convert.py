@@ -13,22 +13,20 @@ pytorch-CycleGAN-and-pix2pix -> a translated image for each one of cfg.source, i
 translation.images.
 """
 
+import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from datasets import Images, Whole, loader
+from datasets import Images
 from engine.command import Parser, command
 from engine.config import UserError
 from engine.files import load_tensors, write_atomically
-from engine.images import write_image
-from engine.log import progress
 from engine.loop import Run
 from models import build_segmenter, load_exactly
 from settings import classes, load_config
-from translate_cyclegan import Generator, ResidualBlock, layer
+from translate_cyclegan import Generator, ResidualBlock, layer, write
 
 BGR_MEAN = (104.00698793, 116.66876762, 122.67891434)  # of images in 0 ... 255
 STUDENT = {"network": "deeplab_v2_resnet101", "output_stride": 8, "channels": 256, "weights": None}
@@ -62,7 +60,9 @@ def main():
         save(args.out, backbone(args.path))
     else:
         load = authors_translator if Path(args.path).is_dir() else cyclegan
-        translate(Run(cfg, "translator", "translation"), load(args.path), Path(args.out))
+        run, source = Run(cfg, "translator", "translation"), Images(cfg, "source", labelled=False)
+        write(run, run.place(load(args.path)), source, Path(args.out), time.time())
+        print(f"translation.images={args.out} uses them")
 
 
 def save(path, state):
@@ -122,23 +122,6 @@ def tensors(path):
 
 
 # ---------------------------------------------------------------- translators
-
-
-@torch.no_grad()
-def translate(run, generator, folder):
-    """Write the translation of each source image, of the same size and name, as a JPEG."""
-    generator = run.place(generator)
-    source = Images(run.cfg, "source", labelled=False)
-    for sample in progress(loader(run, Whole(source)), desc=str(folder), unit="img"):
-        height, width = sample["shape"]
-        image = run.fetch(sample["image"][None])
-        image = F.pad(image, (0, -width % 4, 0, -height % 4), mode="reflect")
-        with run.autocast():
-            image = generator(image)
-        image = image[0, :, :height, :width].mul(255).round().byte().permute(1, 2, 0)
-        path = (folder / source.names[sample["index"]]).with_suffix(".jpg")
-        write_image(path, image.cpu().numpy())
-    print(f"translation.images={folder} uses these {len(source)} images")
 
 
 def cyclegan(path):
