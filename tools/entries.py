@@ -27,9 +27,9 @@ WORDS = {
     "dacs": "DACS",
     "daformer": "DAFormer",
     "mic": "MIC",
-    "warmup": "after the warm-up",
-    "selftrain_round1": "after the first round of self-training",
-    "selftrain": "after the last round",
+    "warmup": "DiGA, after the warm-up",
+    "selftrain_round1": "DiGA, after the first round of self-training",
+    "selftrain": "DiGA, after the last round",
     "oracle": "oracle: trained on the target's labels",
 }
 COLUMNS = ("entry", "source → target", "network", "source only", "warm-up", "self-training")
