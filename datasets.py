@@ -16,14 +16,12 @@ from engine.files import write_text
 from engine.folders import (
     Aligned,
     Folder,
-    matching,
     require_same_size,
-    stamps,
     warn,
 )
 from engine.images import read_image, read_label, resize, resize_pixels, size_of, threads
 from engine.processes import decided_by_first, loader_workers, rank, world
-from settings import LAYOUTS, classes, label_values
+from layouts import classes, find_pairs, label_values, narrow
 
 IGNORED, NO_CLASS = 255, 254
 CODE = np.array([65536, 256, 1], np.int32)  # of a colour: its place in a table
@@ -149,43 +147,10 @@ class Images(Folder):
         return label
 
 
-def find_pairs(spec, labelled):
-    """Return a dataset's folder of images, image name -> path of its label or None, label folder.
-
-    spec: a section of the configuration. The names are relative to the folder.
-    """
-    own = spec.layout
-    pairs = LAYOUTS[own] if isinstance(own, str) else [(own["images"], own["labels"])]
-    for pair in pairs:
-        if spec.ids == "train_ids":
-            pair = [pattern.replace("labelIds", "labelTrainIds") for pattern in pair]
-        images, labels = (pattern.replace("{split}", spec.split or ".") for pattern in pair)
-        folder, texts = matching(spec.root, images)
-        label_folder, label_texts = matching(spec.root, labels) if labelled else (None, {})
-        paths = {text: label_folder / name for name, text in label_texts.items()}
-        if texts and (paths or not labelled):
-            break
-    return folder, {name: paths.get(text) for name, text in texts.items()}, label_folder
-
-
-def narrow(names, path, folder):
-    """Return the names that a list file asks for; each of its lines begins with a path to one."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: this list of images cannot be read ({error})") from error
-    known, wanted = set(names), set()
-    for line in filter(str.strip, lines):
-        name = line if line in known else line.split()[0]  # a label's path may follow
-        while name not in known and "/" in name:  # it may begin above the folder
-            name = name.partition("/")[2]
-        if name not in known:
-            fault = f"names {one_line(line)}; one path a line, relative to {folder}"
-            raise UserError(f"{path}: {fault}")
-        wanted.add(name)
-    if not wanted:
-        raise UserError(f"{path}: names no image; one path a line, relative to {folder}")
-    return [name for name in names if name in wanted]
+def stamps(paths):
+    """Return a line for each file: its name, its size, the time of its last change."""
+    found = ((path, path.stat()) for path in paths)
+    return "\n".join(f"{path.name} {x.st_size} {x.st_mtime:.0f}" for path, x in found)
 
 
 def translated_images(cfg, source):

@@ -24,10 +24,11 @@ from engine.folders import EXTENSIONS, Folder, warn
 from engine.images import image_writer, paint, resize
 from engine.loop import Run
 from engine.processes import barrier, rank, world
+from layouts import classes, label_values
 from losses import confidence
 from metrics import ConfusionMatrix, agreement, predictions
 from models import load_segmenter
-from settings import classes, label_values, load_config, load_saved
+from settings import load_config, load_saved
 
 UNSURE = 1  # a smaller difference in agreement says nothing: the later stage is preferred then
 # the table's order, with the other methods of tools.baselines before DiGA's stages

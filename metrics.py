@@ -13,9 +13,9 @@ from engine.config import UserError
 from engine.files import load_tensors
 from engine.log import progress, write_log
 from engine.processes import sum_over_processes
+from layouts import classes
 from losses import probability_labels
 from models import recalibrate_batchnorm
-from settings import classes
 
 SCALES, COMPARED = (1.0, 0.5), 50  # of agreement: scales, number of images
 

@@ -17,8 +17,9 @@ from torch import nn
 from engine.config import UserError, one_line
 from engine.files import load_tensors
 from engine.images import resize_pixels
+from layouts import classes
 from losses import upsample
-from settings import NETWORKS, OWN_NETWORKS, classes, load_saved
+from settings import NETWORKS, OWN_NETWORKS, load_saved
 
 
 class Segmenter(nn.Module):

@@ -18,6 +18,7 @@ from engine.folders import Aligned
 from engine.images import image_writer, read_label
 from engine.loop import Run, micro_batch_size
 from engine.processes import all_gather_rows, in_batch_order
+from layouts import classes
 from losses import (
     Centroids,
     bilateral_consensus,
@@ -28,7 +29,7 @@ from losses import (
     symmetric_distillation,
 )
 from metrics import finish, predictions, validate
-from settings import classes, load_config
+from settings import load_config
 
 SCALES = (1.0, 0.5)  # of the probability labels; centroids of target images are taken at the last
 

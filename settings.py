@@ -1,96 +1,13 @@
-"""Classes, label values, layouts; what the keys of a configuration may be and what must agree."""
+"""What the keys of a configuration may be and what must agree; loading configurations."""
 
 import re
 from pathlib import Path
 
 from engine import config
 from engine.config import COUNT, NUMBER, TEXT, either, list_of, one_line, one_of, require
+from layouts import CITYSCAPES, LAYOUTS, NAMED_IDS, classes
 
 DEFAULTS = Path(__file__).parent / "config.yaml"
-# Cityscapes' 19 classes in order: colour; id in Cityscapes and GTA5, in SYNTHIA, ids in Mapillary
-CITYSCAPES = {
-    "road": ((128, 64, 128), 7, 3, (13, 24, 41)),
-    "sidewalk": ((244, 35, 232), 8, 4, (2, 15)),
-    "building": ((70, 70, 70), 11, 2, (17,)),
-    "wall": ((102, 102, 156), 12, 21, (6,)),
-    "fence": ((190, 153, 153), 13, 5, (3,)),
-    "pole": ((153, 153, 153), 17, 7, (45, 47)),
-    "traffic light": ((250, 170, 30), 19, 15, (48,)),
-    "traffic sign": ((220, 220, 0), 20, 9, (50,)),
-    "vegetation": ((107, 142, 35), 21, 6, (30,)),
-    "terrain": ((152, 251, 152), 22, 16, (29,)),
-    "sky": ((70, 130, 180), 23, 1, (27,)),
-    "person": ((220, 20, 60), 24, 10, (19,)),
-    "rider": ((255, 0, 0), 25, 17, (20, 21, 22)),
-    "car": ((0, 0, 142), 26, 8, (55,)),
-    "truck": ((0, 0, 70), 27, 18, (61,)),
-    "bus": ((0, 60, 100), 28, 19, (54,)),
-    "train": ((0, 80, 100), 31, 20, (58,)),
-    "motorcycle": ((0, 0, 230), 32, 12, (57,)),
-    "bicycle": ((119, 11, 32), 33, 11, (52,)),
-}
-
-
-def classes(cfg):
-    """Return the classes of a configuration in the order of their numbers: name -> (r, g, b)."""
-    if cfg.classes == "cityscapes":
-        return {name: colour for name, (colour, *_) in CITYSCAPES.items()}
-    if isinstance(cfg.classes, list):
-        return {name: CITYSCAPES[name][0] for name in cfg.classes}
-    return {name: tuple(colour) for name, colour in cfg.classes.items()}
-
-
-# ids -> all label values; the column of CITYSCAPES with those that are not ignored
-NAMED_IDS = {"cityscapes": ([*range(35), 255], 1), "synthia": (range(23), 2)}
-NAMED_IDS["mapillary"] = (range(66), 3)
-
-
-def label_values(ids, classes):
-    """Return what each label value of a dataset means: value -> class number, or 255 (ignored).
-
-    ids: a name of NAMED_IDS, "index" (value k is class k), "train_ids" (0 to 18 are Cityscapes' 19
-    classes), "colours" (the values are the classes' colours), or a mapping from value or colour to
-    class name or None (ignored). classes: the trained ones, name -> colour; others are ignored.
-    """
-    if ids in ("train_ids", "index"):
-        own = dict(enumerate(CITYSCAPES if ids == "train_ids" else classes)) | {255: None}
-    elif ids == "colours":
-        own = {colour: name for name, colour in classes.items()}
-    elif isinstance(ids, str):
-        values, column = NAMED_IDS[ids]
-        own = dict.fromkeys(values)
-        for name, row in CITYSCAPES.items():
-            values = row[column] if isinstance(row[column], tuple) else [row[column]]
-            own |= dict.fromkeys(values, name)
-    else:
-        own = ids
-    number_of = {name: k for k, name in enumerate(classes)}
-    return {value: number_of.get(name, 255) for value, name in own.items()}
-
-
-# layout -> pairs of patterns below `root`, of images and of their labels; the first pair with files
-# counts. A * stands for the same text in both, over folders too. Without an extension: any.
-LAYOUTS = {
-    "gta5": [("images/*", "labels/*")],
-    "synthia": [("RGB/*", "GT/LABELS/*")],
-    "cityscapes": [("leftImg8bit/{split}/*_leftImg8bit", "gtFine/{split}/*_gtFine_labelIds")],
-    "acdc": [("rgb_anon/{split}/*_rgb_anon", "gt/{split}/*_gt_labelIds")],
-    "dark_zurich": [("rgb_anon/{split}/night/*_rgb_anon", "gt/{split}/night/*_gt_labelIds")],
-    "bdd100k": [
-        ("images/10k/{split}/*", "labels/sem_seg/masks/{split}/*"),
-        ("images/{split}/*", "labels/{split}/*_train_id"),
-        ("images/{split}/*", "gtFine/{split}/*_train_id"),
-    ],
-    "mapillary": [
-        ("{split}/images/*", "{split}/v1.2/labels/*"),
-        ("{split}/images/*", "{split}/labels/*"),
-    ],
-    "folder": [("{split}/images/*", "{split}/labels/*")],
-    "flat": [("{split}/*", "{split}/../labels/*")],
-}
-
-# ---------------------------------------------------------------- the keys of a configuration
-
 STAGES = ("demo_data", "translate", "source_only", "warmup", "selftrain", "oracle")
 NETWORKS = ("deeplab_v2_resnet101", "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2")
 OWN_NETWORKS = {}  # name -> function, of models.register

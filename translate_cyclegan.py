@@ -18,9 +18,10 @@ from engine.images import image_writer
 from engine.log import progress
 from engine.loop import Run, micro_batch_size
 from engine.processes import all_gather_rows, decided_by_first, rank, world
+from layouts import classes
 from losses import semantic_edge_loss
 from models import load_exactly
-from settings import classes, load_config
+from settings import load_config
 
 POOL = 50  # earlier translations that the discriminators see half of the time
 

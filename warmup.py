@@ -11,9 +11,10 @@ from datasets import Crops, Images, loader, recalibration_crops, translated_imag
 from engine.command import arguments, command
 from engine.files import find
 from engine.loop import Run, micro_batch_size
+from layouts import classes
 from losses import ohem_loss, supervised_loss, symmetric_distillation
 from metrics import finish, validate
-from settings import classes, load_config
+from settings import load_config
 
 
 def main():

@@ -2,7 +2,6 @@
 
 import functools
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -73,26 +72,6 @@ def list_images(folder):
                 raise UserError(f"{Path(folder) / place / file}: {fault}; rename one of them")
             names[place + stem] = place + file
     return sorted(names.values())
-
-
-def matching(root, pattern):
-    """Return the folder before a pattern's first *, and the images below that match it.
-
-    The images: path relative to the folder -> the texts that stand for each *, folders included. A
-    pattern without an extension matches any.
-    """
-    start = pattern[: pattern.index("*")].rpartition("/")[0]
-    folder, rest = Path(root) / start, pattern[len(start) :].lstrip("/")
-    ending = "" if Path(rest).suffix.lower() in EXTENSIONS else r"\.\w+"
-    expression = re.compile(re.escape(rest).replace(r"\*", "(.*)") + ending)
-    matches = {name: expression.fullmatch(name) for name in list_images(folder)}
-    return folder, {name: match.groups() for name, match in matches.items() if match}
-
-
-def stamps(paths):
-    """Return a line for each file: its name, its size, the time of its last change."""
-    found = ((path, path.stat()) for path in paths)
-    return "\n".join(f"{path.name} {x.st_size} {x.st_mtime:.0f}" for path, x in found)
 
 
 def require_same_size(path, array, image_path, image):

@@ -5,7 +5,8 @@ import yaml
 from conftest import ROOT
 
 from engine.config import UserError
-from settings import SCHEMA, classes, label_values, load_config
+from layouts import classes, label_values
+from settings import SCHEMA, load_config
 
 PYTHON_TAG = "seed=!!python/object/apply:os.system ['touch /tmp/never']"
 SHIPPED = [ROOT / "config.yaml", *sorted((ROOT / "configs").glob("*.yaml"))]

@@ -33,7 +33,8 @@ import metrics
 import selftrain
 import warmup
 from engine.config import Config
-from settings import classes, load_config
+from layouts import classes
+from settings import load_config
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Accessing the data pointer", "ignore:'pin_memory'"),

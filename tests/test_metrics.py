@@ -11,9 +11,10 @@ from torch.utils.data import Subset
 from datasets import Whole
 from engine.folders import Folder
 from evaluate import advice
+from layouts import CITYSCAPES, label_values
 from metrics import ConfusionMatrix, agreement
 from models import build_segmenter
-from settings import CITYSCAPES, label_values, load_config
+from settings import load_config
 
 
 @pytest.fixture(scope="module")

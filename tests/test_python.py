@@ -16,8 +16,9 @@ from torch import nn
 import settings
 from engine.config import UserError
 from engine.images import paint, read_image
+from layouts import CITYSCAPES
 from models import build_segmenter, load, load_segmenter, register
-from settings import CITYSCAPES, load_config
+from settings import load_config
 
 KEYS = ROOT / "tests/golden/authors_student_keys.json"
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text("utf-8"), re.S)

@@ -22,7 +22,8 @@ import torch
 from conftest import ROOT, paletted_png, save
 
 from engine.images import read_image, read_label
-from settings import CITYSCAPES, classes, load_config
+from layouts import CITYSCAPES, classes
+from settings import load_config
 
 pytestmark = pytest.mark.skipif(
     not os.environ.get("LONG"), reason="real sizes take hours and 16 GB of memory: set LONG=1"

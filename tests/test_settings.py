@@ -17,7 +17,8 @@ import datasets
 import models
 from datasets import Images
 from engine import images
-from settings import CITYSCAPES, classes, label_values, load_config
+from layouts import CITYSCAPES, classes, label_values
+from settings import load_config
 from translate_cyclegan import load_generator
 
 CONFIGS = ROOT / "configs"

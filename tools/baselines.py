@@ -23,9 +23,10 @@ from augment import class_mix, strong_view
 from datasets import Crops, Images, loader, recalibration_crops
 from engine.command import arguments, command
 from engine.loop import Run, micro_batch_size
+from layouts import classes
 from losses import confident_share, ohem_loss, probability_labels, supervised_loss
 from metrics import finish, validate
-from settings import classes, load_config
+from settings import load_config
 
 PLAIN = ("source_only", "oracle")  # no strong views, no target
 ADAPTING = ("dacs", "daformer", "mic")  # each adds to the one before

@@ -37,10 +37,11 @@ from engine.files import write_text
 from engine.folders import Aligned
 from engine.images import read_image, read_label, write_image
 from engine.loop import Run
+from layouts import classes
 from losses import Centroids
 from metrics import at_scales, predictions
 from models import build_segmenter
-from settings import checked, classes, load_config
+from settings import checked, load_config
 
 ROOT = Path(__file__).parent.parent
 VIEWS = {"warmup": 2, "selftrain": 3}  # of each image, which pass through both networks

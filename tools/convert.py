@@ -24,8 +24,9 @@ from engine.command import Parser, command
 from engine.config import UserError
 from engine.files import load_tensors, write_atomically
 from engine.loop import Run
+from layouts import classes
 from models import build_segmenter, load_exactly
-from settings import classes, load_config
+from settings import load_config
 from translate_cyclegan import Generator, ResidualBlock, layer, write
 
 BGR_MEAN = (104.00698793, 116.66876762, 122.67891434)  # of images in 0 ... 255

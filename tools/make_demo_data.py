@@ -20,7 +20,8 @@ from tqdm import tqdm
 from engine.command import arguments, command
 from engine.files import write_text
 from engine.images import write_image
-from settings import CITYSCAPES, load_config
+from layouts import CITYSCAPES
+from settings import load_config
 
 HEIGHT, WIDTH, OVERSAMPLING = 192, 384, 2
 SPLITS = {"game": 300, "train": 200, "val": 50}

@@ -23,7 +23,8 @@ from engine.config import UserError, one_line
 from engine.folders import EXTENSIONS, list_images, warn
 from engine.images import paint, read_image, read_label, resize, threads, write_image
 from engine.log import progress
-from settings import LAYOUTS, classes, load_config
+from layouts import LAYOUTS, classes
+from settings import load_config
 from tools.templates import render
 
 ROOT = Path(__file__).parent.parent

@@ -23,7 +23,8 @@ from engine.config import UserError, flat
 from engine.files import FREE_KEYS
 from engine.images import paint, read_image, resize
 from evaluate import STAGES, advice, read_results, what_to_segment
-from settings import DEFAULTS, WHOLE, classes, load_config, load_saved
+from layouts import classes
+from settings import DEFAULTS, WHOLE, load_config, load_saved
 from tools.templates import render
 
 TITLES = {

@@ -1,0 +1,142 @@
+"""Where a dataset has its images and labels, what its label values mean; classes and colours."""
+
+import re
+from pathlib import Path
+
+from engine.config import UserError, one_line
+from engine.folders import EXTENSIONS, list_images
+
+# Cityscapes' 19 classes in order: colour; id in Cityscapes and GTA5, in SYNTHIA, ids in Mapillary
+CITYSCAPES = {
+    "road": ((128, 64, 128), 7, 3, (13, 24, 41)),
+    "sidewalk": ((244, 35, 232), 8, 4, (2, 15)),
+    "building": ((70, 70, 70), 11, 2, (17,)),
+    "wall": ((102, 102, 156), 12, 21, (6,)),
+    "fence": ((190, 153, 153), 13, 5, (3,)),
+    "pole": ((153, 153, 153), 17, 7, (45, 47)),
+    "traffic light": ((250, 170, 30), 19, 15, (48,)),
+    "traffic sign": ((220, 220, 0), 20, 9, (50,)),
+    "vegetation": ((107, 142, 35), 21, 6, (30,)),
+    "terrain": ((152, 251, 152), 22, 16, (29,)),
+    "sky": ((70, 130, 180), 23, 1, (27,)),
+    "person": ((220, 20, 60), 24, 10, (19,)),
+    "rider": ((255, 0, 0), 25, 17, (20, 21, 22)),
+    "car": ((0, 0, 142), 26, 8, (55,)),
+    "truck": ((0, 0, 70), 27, 18, (61,)),
+    "bus": ((0, 60, 100), 28, 19, (54,)),
+    "train": ((0, 80, 100), 31, 20, (58,)),
+    "motorcycle": ((0, 0, 230), 32, 12, (57,)),
+    "bicycle": ((119, 11, 32), 33, 11, (52,)),
+}
+
+
+def classes(cfg):
+    """Return the classes of a configuration in the order of their numbers: name -> (r, g, b)."""
+    if cfg.classes == "cityscapes":
+        return {name: colour for name, (colour, *_) in CITYSCAPES.items()}
+    if isinstance(cfg.classes, list):
+        return {name: CITYSCAPES[name][0] for name in cfg.classes}
+    return {name: tuple(colour) for name, colour in cfg.classes.items()}
+
+
+# ids -> all label values; the column of CITYSCAPES with those that are not ignored
+NAMED_IDS = {"cityscapes": ([*range(35), 255], 1), "synthia": (range(23), 2)}
+NAMED_IDS["mapillary"] = (range(66), 3)
+
+
+def label_values(ids, classes):
+    """Return what each label value of a dataset means: value -> class number, or 255 (ignored).
+
+    ids: a name of NAMED_IDS, "index" (value k is class k), "train_ids" (0 to 18 are Cityscapes' 19
+    classes), "colours" (the values are the classes' colours), or a mapping from value or colour to
+    class name or None (ignored). classes: the trained ones, name -> colour; others are ignored.
+    """
+    if ids in ("train_ids", "index"):
+        own = dict(enumerate(CITYSCAPES if ids == "train_ids" else classes)) | {255: None}
+    elif ids == "colours":
+        own = {colour: name for name, colour in classes.items()}
+    elif isinstance(ids, str):
+        values, column = NAMED_IDS[ids]
+        own = dict.fromkeys(values)
+        for name, row in CITYSCAPES.items():
+            values = row[column] if isinstance(row[column], tuple) else [row[column]]
+            own |= dict.fromkeys(values, name)
+    else:
+        own = ids
+    number_of = {name: k for k, name in enumerate(classes)}
+    return {value: number_of.get(name, 255) for value, name in own.items()}
+
+
+# layout -> pairs of patterns below `root`, of images and of their labels; the first pair with files
+# counts. A * stands for the same text in both, over folders too. Without an extension: any.
+LAYOUTS = {
+    "gta5": [("images/*", "labels/*")],
+    "synthia": [("RGB/*", "GT/LABELS/*")],
+    "cityscapes": [("leftImg8bit/{split}/*_leftImg8bit", "gtFine/{split}/*_gtFine_labelIds")],
+    "acdc": [("rgb_anon/{split}/*_rgb_anon", "gt/{split}/*_gt_labelIds")],
+    "dark_zurich": [("rgb_anon/{split}/night/*_rgb_anon", "gt/{split}/night/*_gt_labelIds")],
+    "bdd100k": [
+        ("images/10k/{split}/*", "labels/sem_seg/masks/{split}/*"),
+        ("images/{split}/*", "labels/{split}/*_train_id"),
+        ("images/{split}/*", "gtFine/{split}/*_train_id"),
+    ],
+    "mapillary": [
+        ("{split}/images/*", "{split}/v1.2/labels/*"),
+        ("{split}/images/*", "{split}/labels/*"),
+    ],
+    "folder": [("{split}/images/*", "{split}/labels/*")],
+    "flat": [("{split}/*", "{split}/../labels/*")],
+}
+
+
+def matching(root, pattern):
+    """Return the folder before a pattern's first *, and the images below that match it.
+
+    The images: path relative to the folder -> the texts that stand for each *, folders included. A
+    pattern without an extension matches any.
+    """
+    start = pattern[: pattern.index("*")].rpartition("/")[0]
+    folder, rest = Path(root) / start, pattern[len(start) :].lstrip("/")
+    ending = "" if Path(rest).suffix.lower() in EXTENSIONS else r"\.\w+"
+    expression = re.compile(re.escape(rest).replace(r"\*", "(.*)") + ending)
+    matches = {name: expression.fullmatch(name) for name in list_images(folder)}
+    return folder, {name: match.groups() for name, match in matches.items() if match}
+
+
+def find_pairs(spec, labelled):
+    """Return a dataset's folder of images, image name -> path of its label or None, label folder.
+
+    spec: a section of the configuration. The names are relative to the folder.
+    """
+    own = spec.layout
+    pairs = LAYOUTS[own] if isinstance(own, str) else [(own["images"], own["labels"])]
+    for pair in pairs:
+        if spec.ids == "train_ids":
+            pair = [pattern.replace("labelIds", "labelTrainIds") for pattern in pair]
+        images, labels = (pattern.replace("{split}", spec.split or ".") for pattern in pair)
+        folder, texts = matching(spec.root, images)
+        label_folder, label_texts = matching(spec.root, labels) if labelled else (None, {})
+        paths = {text: label_folder / name for name, text in label_texts.items()}
+        if texts and (paths or not labelled):
+            break
+    return folder, {name: paths.get(text) for name, text in texts.items()}, label_folder
+
+
+def narrow(names, path, folder):
+    """Return the names that a list file asks for; each of its lines begins with a path to one."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: this list of images cannot be read ({error})") from error
+    known, wanted = set(names), set()
+    for line in filter(str.strip, lines):
+        name = line if line in known else line.split()[0]  # a label's path may follow
+        while name not in known and "/" in name:  # it may begin above the folder
+            name = name.partition("/")[2]
+        if name not in known:
+            fault = f"names {one_line(line)}; one path a line, relative to {folder}"
+            raise UserError(f"{path}: {fault}")
+        wanted.add(name)
+    if not wanted:
+        raise UserError(f"{path}: names no image; one path a line, relative to {folder}")
+    return [name for name in names if name in wanted]
