@@ -35,31 +35,28 @@ class Images(Folder):
     """
 
     def __init__(self, cfg, domain, labelled):
-        spec = functools.reduce(Config.__getitem__, domain.split("."), cfg)
-        self.domain, self.spec, self.labelled = domain, spec, labelled
-        self.classes, self.list_file = classes(cfg), Path(cfg.output) / cfg.name / f"{domain}.txt"
-        self.folder, labels, self.label_folder = find_pairs(spec, labelled)
-        if not labels:
-            keys = f"are {domain}.root, {domain}.split and {domain}.layout right?"
-            raise UserError(f"{self.folder}: holds no images of {spec.layout}; {keys}")
+        self.domain = domain
+        self.spec = functools.reduce(Config.__getitem__, domain.split("."), cfg)
+        self.labelled = labelled
+        self.classes = classes(cfg)
+        self.list_file = Path(cfg.output) / cfg.name / f"{domain}.txt"
+        self.folder, labels = find_pairs(self.spec, domain, labelled)
         self.names = list(labels)
-        if spec.list is not None:
-            self.names = narrow(self.names, spec.list, self.folder)
+        if self.spec.list is not None:
+            self.names = narrow(self.names, self.spec.list, self.folder)
         self.label_paths = [labels[name] for name in self.names]
-        self.coding = "red" if spec.layout == "synthia" else "values"
-        if not labelled:
-            return
-        if None in self.label_paths:
+        if labelled and None in self.label_paths:
             name = self.names[self.label_paths.index(None)]
-            fault = f"has no label in {self.label_folder}"
-            raise UserError(f"{self.folder / name}: {fault}; add it or drop the image")
-        self.table = np.full(65536, NO_CLASS, np.uint8)
-        for value, k in label_values(spec.ids, self.classes).items():
-            if isinstance(value, tuple):
-                if self.coding != "colours":
-                    self.coding, self.table = "colours", np.full(2**24, IGNORED, np.uint8)
-                value = int(np.dot(value, CODE))
-            self.table[value] = k
+            raise UserError(f"{self.folder / name}: has no label; add it or drop the image")
+        values = label_values(self.spec.ids, self.classes)
+        if any(isinstance(value, tuple) for value in values):
+            self.coding = "colours"
+            self.table = np.full(2**24, IGNORED, np.uint8)
+        else:
+            self.coding = "red" if self.spec.layout == "synthia" else "values"
+            self.table = np.full(65536, NO_CLASS, np.uint8)
+        for value, k in values.items():
+            self.table[np.dot(value, CODE) if isinstance(value, tuple) else value] = k
 
     def unlabelled(self):
         """Return the same images, as if they had no labels."""
@@ -72,28 +69,33 @@ class Images(Folder):
         paths = [self.folder / name for name in self.names]
         if self.labelled:
             paths += self.label_paths
-        return stamps(paths)
+        found = ((path, path.stat()) for path in paths)
+        return "\n".join(f"{path.name} {x.st_size} {x.st_mtime:.0f}" for path, x in found)
 
     def check(self):
         """Return self. Raises UserError for what is wrong in the sizes of all files, in 256 files.
 
         A list of the images whose labels have their size is written, for `list`.
         """
-        if self.labelled:
-            paths = zip(self.names, self.label_paths, strict=True)
-            sizes = threads.map(lambda x: (size_of(self.folder / x[0]), size_of(x[1])), paths)
-            pairs = zip(self.names, sizes, strict=True)
-            odd = {name: size for name, size in pairs if None not in size and size[0] != size[1]}
-            if odd:
-                good = "".join(f"{name}\n" for name in self.names if name not in odd)
-                write_text(self.list_file, good)
-                named = one_line(", ".join(f"{name} {a} and {b}" for name, (a, b) in odd.items()))
-                fault = f"{len(odd)} labels differ from their images in size (W, H): {named}"
-                remedy = f"set {self.domain}.list={self.list_file}, which names the others"
-                raise UserError(f"{self.folder}: {fault}; {remedy}")
+        odd = {}
+        labelled = range(len(self)) if self.labelled else ()
+        for name, sizes in zip(self.names, threads.map(self._sizes, labelled), strict=False):
+            if None not in sizes and sizes[0] != sizes[1]:
+                odd[name] = f"{name} {sizes}"
+        if odd:
+            good = "".join(f"{name}\n" for name in self.names if name not in odd)
+            write_text(self.list_file, good)
+            fault = f"{len(odd)} labels differ from their images in size (W, H)"
+            remedy = f"set {self.domain}.list={self.list_file}, which names the others"
+            raise UserError(
+                f"{self.folder}: {fault}: {one_line(', '.join(odd.values()))}; {remedy}"
+            )
         some = np.unique(np.linspace(0, len(self.names) - 1, 256, dtype=int)).tolist()
         self._judge(threads.map(self.summary, some))
         return self
+
+    def _sizes(self, i):
+        return size_of(self.folder / self.names[i]), size_of(self.label_paths[i])
 
     def summary(self, i):
         """Return image i's (H, W), its largest value, and its label's pixels of each class."""
@@ -109,13 +111,12 @@ class Images(Folder):
             stretch, swapped = abs(np.log([w / h / width * height, h / w / width * height]))
             must = f"be [height, width]: the images are {size}"
             require(stretch < swapped + 0.4, self.folder, f"{self.domain}.sizes", [h, w], must)
-        shares, bright = np.sum(counts, axis=0) / np.sum(counts), np.median(bright)
+        shares = np.sum(counts, axis=0) / np.sum(counts)
         if shares[IGNORED] == 1:
             fault = "no pixel of its labels belongs to a class"
             raise UserError(f"{self.domain}: {fault}; are {self.domain}.ids right?")
-        if bright < 32:
-            fault = f"half of the images are nearly black, at most {bright:.0f} of 255"
-            warn(f"{self.domain}: {fault}")
+        if np.median(bright) < 32:
+            warn(f"{self.domain}: half of the images are nearly black")
         if shares[IGNORED] > (0.05 if self.coding == "colours" else 0.5):
             warn(f"{self.domain}: {shares[IGNORED]:.1%} of the labels' pixels are ignored")
         absent = ", ".join(name for k, name in enumerate(self.classes) if not shares[k])
@@ -124,9 +125,8 @@ class Images(Folder):
 
     def label_values(self, i, image):
         """Return the values (H, W), or colours (H, W, 3), in the label file of image i, `image`."""
-        path = self.label_paths[i]
-        values = read_label(path, self.coding)
-        require_same_size(path, values, self.folder / self.names[i], image)
+        values = read_label(self.label_paths[i], self.coding)
+        require_same_size(self.label_paths[i], values, self.folder / self.names[i], image)
         return values
 
     def label(self, i, image=None):
@@ -138,19 +138,12 @@ class Images(Folder):
         """Return the classes of values of label i, or of a part of them."""
         if self.coding == "colours":
             return self.table[np.dot(values.astype(np.int32), CODE)]
-        small = values.dtype == np.uint8
-        label = cv2.LUT(values, self.table[:256]) if small else self.table[values]
+        is_small = values.dtype == np.uint8
+        label = cv2.LUT(values, self.table[:256]) if is_small else self.table[values]
         if (label == NO_CLASS).any():
-            value = values[label == NO_CLASS][0]
-            fault = f"the label value {value} has no class"
+            fault = f"the label value {values[label == NO_CLASS][0]} has no class"
             raise UserError(f"{self.label_paths[i]}: {fault}; add it to ids (null: ignored)")
         return label
-
-
-def stamps(paths):
-    """Return a line for each file: its name, its size, the time of its last change."""
-    found = ((path, path.stat()) for path in paths)
-    return "\n".join(f"{path.name} {x.st_size} {x.st_mtime:.0f}" for path, x in found)
 
 
 def translated_images(cfg, source):
@@ -206,17 +199,16 @@ class Crops(Dataset):
     """
 
     def __init__(self, cfg, stage, domain, images, batch, steps, crop=None, rare=0, aligned=None):
-        self.images, self.aligned, self.steps = images, aligned or {}, steps
+        self.cfg = cfg
+        self.images = images
+        self.aligned = aligned or {}
+        self.steps = steps
         self.crop = crop or cfg.crop
         self.rare = RareClasses(images, len(classes(cfg)), rare) if rare else None
         self.sizes = np.repeat(cfg[domain].sizes, batch, axis=0)
-        self.min_scale, self.max_class_share = cfg.min_scale, cfg.max_class_share
+        self.batch_size = len(self.sizes)
         self.seed = (cfg.seed, zlib.crc32(f"{stage} {domain}".encode()))
-        self.epoch, self.order = None, None
-
-    @property
-    def batch_size(self):
-        return len(self.sizes)
+        self.epoch = None
 
     def __len__(self):
         return self.steps * self.batch_size
@@ -225,7 +217,8 @@ class Crops(Dataset):
         epoch, place = divmod(n, len(self.images))
         if epoch != self.epoch:
             rng = np.random.default_rng([*self.seed, 0, epoch])
-            self.epoch, self.order = epoch, rng.permutation(len(self.images))
+            self.order = rng.permutation(len(self.images))
+            self.epoch = epoch
         return int(self.order[place])
 
     def __getitem__(self, n):
@@ -233,44 +226,46 @@ class Crops(Dataset):
         i, k = self.rare.draw(rng) if self.rare else (self._index(n), None)
         image = self.images.image(i)
         values = self.images.label_values(i, image) if self.images.labelled else None
-        shape, size = np.array(image.shape[:2]), self.sizes[n % self.batch_size]
+
+        shape = np.array(image.shape[:2])
+        size = self.sizes[n % self.batch_size]
         own = shape * np.sqrt(size.prod() / shape.prod())  # its own shape, at as many pixels
-        scale = rng.uniform(self.min_scale, 1, 2)
+        scale = rng.uniform(self.cfg.min_scale, 1, 2)
         scaled = np.maximum(size * scale, self.crop)
         if not 1 / 1.1 < (own[0] / size[0]) ** 2 < 1.1:  # as portrait among landscape
             scaled = own * scale * max((self.crop / (own * scale)).max(), 1)
-        extent = np.rint(self.crop * shape / scaled)
-        extent = np.maximum(extent, 1).astype(int)  # of the crop, in the file's pixels
+        extent = np.maximum(np.rint(self.crop * shape / scaled), 1)  # of the crop, in file's pixels
         for _ in range(6):
-            corner = rng.integers(0, shape - extent + 1)
-            window = part(image, corner, extent)
+            corner = rng.integers(0, shape - extent.astype(int) + 1)
+            window = _window(image, corner, extent)
             if values is None:
                 break
             label = self.images.to_classes(resize(values[window], self.crop, labels=True), i)
             pixels = cv2.calcHist([label], [0], None, [256], [0, 256])  # of each class
             enough = k is None or pixels[k] >= self.rare.LEAST / 2 * label.size
-            if enough and pixels.max() <= self.max_class_share * label.size:
+            if enough and pixels.max() <= self.cfg.max_class_share * label.size:
                 break
         sample = {"image": resize(image[window], self.crop)}
         if values is not None:
             sample["label"] = label
         for key, read in self.aligned.items():
             array = read(i)
-            ratio = np.array(array.shape[:2]) / shape  # translated at another size
+            ratio = np.array(array.shape[:2]) / shape  # a translation may have another size
             if abs(ratio[0] / ratio[1] - 1) > 0.02:
                 name = self.images.names[i]
                 require_same_size(f"{key} for {name}", array, self.images.folder / name, image)
-            array = array[part(array, np.rint(corner * ratio), np.rint(extent * ratio))]
+            array = array[_window(array, corner * ratio, extent * ratio)]
             sample[key] = resize(array, self.crop, labels=array.ndim == 2)
         if rng.random() < 0.5:
             sample = {key: cv2.flip(array, 1) for key, array in sample.items()}
         return sample | {"draws": rng.random(DRAWS, dtype=np.float32)}
 
 
-def part(array, corner, extent):
+def _window(array, corner, extent):
     """Return the slices of a window, of `extent` (h, w) from `corner` (top, left), in an array."""
-    (top, left), (h, w) = corner.astype(int), np.maximum(extent, 1).astype(int)
-    return slice(min(top, len(array) - 1), top + h), slice(min(left, array.shape[1] - 1), left + w)
+    top, left = np.minimum(np.rint(corner), np.array(array.shape[:2]) - 1).astype(int)
+    h, w = np.maximum(np.rint(extent), 1).astype(int)
+    return slice(top, top + h), slice(left, left + w)
 
 
 class Whole(Dataset):
@@ -282,7 +277,9 @@ class Whole(Dataset):
     """
 
     def __init__(self, images, size=None, goes_on=False):
-        self.images, self.size, self.goes_on = images, size, goes_on
+        self.images = images
+        self.size = size
+        self.goes_on = goes_on
 
     def __len__(self):
         return len(self.images)
@@ -332,7 +329,8 @@ def recalibration_crops(cfg, batch, domains, **images):
     images: domain -> Images, of domains that are read anyway. There are cfg.bn_images of each
     domain. Returns a Dataset, whose samples are dicts, or None without domains.
     """
-    crops, steps = {}, max(cfg.bn_images // sum(batch), 1)
+    steps = max(cfg.bn_images // sum(batch), 1)
+    crops = {}
     for domain in domains:
         of_domain = images.get(domain) or Images(cfg, domain, labelled=False).check()
         of_domain = of_domain.unlabelled()

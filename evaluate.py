@@ -80,56 +80,49 @@ def configuration(args):
     return load_saved(saved["config"] | place, args.overrides, args.weights[0])
 
 
-class Video:
+class Video(Folder):
     """The frames of a video file; fast where they are read in order.
 
-    rate: frames per second. size: (H, W). Raises UserError for a file that OpenCV cannot play.
+    rate: frames per second. Raises UserError for a file that OpenCV cannot play.
     """
-
-    labelled = False
 
     def __init__(self, path):
         self.path = Path(path)
-        self.capture = cv2.VideoCapture(str(path))
+        self.restart()
         self.rate = self.capture.get(cv2.CAP_PROP_FPS) or 25
-        count = 0
-        while self.capture.grab():  # the count in the file's header is an estimate
-            count += 1
-        if not count:
-            raise UserError(f"{path}: no folder of images, no image, no video that OpenCV plays")
         expected = int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT))
-        if count < expected:
-            warn(f"{path}: {count} of {expected} frames can be read")
-        self.names = [f"{self.path.stem}_{i:06d}.png" for i in range(count)]
-        self.next = count
-        self.size = self.image(0).shape[:2]
-        self.next, self.capture = count, None  # a capture cannot be sent to a DataLoader worker
+        while self.capture.grab():
+            self.next += 1
+        if not self.next:
+            raise UserError(f"{path}: no folder of images, no image, no video that OpenCV plays")
+        if self.next < expected:
+            warn(f"{path}: {self.next} of {expected} frames can be read")
+        self.names = [f"{self.path.stem}_{i:06d}.png" for i in range(self.next)]
+        self.capture = None  # it cannot be sent to a DataLoader worker
 
-    def __len__(self):
-        return len(self.names)
+    def restart(self):
+        self.capture = cv2.VideoCapture(str(self.path))
+        self.next = 0
 
     def image(self, i):
         """Return frame i, RGB uint8 (H, W, 3)."""
         if i < self.next:
-            self.next, self.capture = 0, cv2.VideoCapture(str(self.path))
+            self.restart()
         while self.next < i:
             self.next += self.capture.grab()
         self.next += 1
         return np.ascontiguousarray(self.capture.read()[1][..., ::-1])
 
 
-@contextlib.contextmanager
-def film(path, rate, size):
-    """Context manager: append RGB frames of `size` (H, W) to an MP4 file. Raises UserError."""
-    temporary = path.with_name(f".{path.stem}.partial.mp4")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), rate, size[::-1])
+def open_film(path, video):
+    """Return an OpenCV writer of an MP4 file for pictures of a video's size, or UserError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    height, width = video.image(0).shape[:2]
+    code = cv2.VideoWriter_fourcc(*"mp4v")
+    writer = cv2.VideoWriter(str(path), code, video.rate, (width, height))
     if not writer.isOpened():
         raise UserError(f"{path}: cannot be written; check the disk and OpenCV's video support")
-    yield lambda frame: writer.write(frame[..., ::-1])
-    writer.release()
-    temporary.replace(path)
-    print(f"{path}: the overlays as a film, {rate:g} frames a second")
+    return writer
 
 
 def what_to_segment(cfg, path=None):
@@ -163,8 +156,9 @@ def evaluate(run, path, datasets, out, args):
             scores["scales"] = cfg.evaluation.scales
             scores["weights"] = "best_on_val" if stage.endswith("_best_on_val") else "last"
             scores["step"] = saved.get("step")
-            results, text = read_results(run.folder / "results.json"), json.dumps(scores)
-            results[stage] = json.loads(text, parse_float=lambda digits: round(float(digits), 3))
+            results = read_results(run.folder / "results.json")
+            short = json.loads(json.dumps(scores), parse_float=lambda x: round(float(x), 3))
+            results[stage] = short
             order = sorted(results, key=[*STAGES, *results].index)
             text = json.dumps({name: results[name] for name in order}, indent=1)
             write_text(run.folder / "results.json", text + "\n")
@@ -172,17 +166,22 @@ def evaluate(run, path, datasets, out, args):
 
 def segment(run, model, whole, key, out=None, stage=None, args=None):
     """Return a model's scores on labelled images, else {}; given `out`, write pictures there."""
-    cfg, names, images = run.cfg, classes(run.cfg), whole.images
-    matrix, how = ConfusionMatrix(len(names), run.device), cfg.evaluation
-    pictured, faults = [], []
+    cfg = run.cfg
+    how = cfg.evaluation
+    names = classes(cfg)
+    images = whole.images
+    matrix = ConfusionMatrix(len(names), run.device)
+    faults = []
+    pictured = []
     if out:
         count = len(whole) if args.images or args.ids else how.pictures
         pictured = np.unique(np.linspace(0, len(whole) - 1, count, dtype=int))
     with contextlib.ExitStack() as files:
-        write, append = files.enter_context(image_writer()), None
+        write = files.enter_context(image_writer())
+        film = None
         if isinstance(images, Video):
-            path = out / f"{images.path.stem}_{stage}.mp4"
-            append = files.enter_context(film(path, images.rate, images.size))
+            film = open_film(out / f"{images.path.stem}_{stage}.mp4", images)
+            files.callback(film.release)
         segmented = predictions(run, run.place(model), whole, how.scales)
         for sample, prediction, outputs in segmented:
             if "fault" in sample:
@@ -206,8 +205,8 @@ def segment(run, model, whole, key, out=None, stage=None, args=None):
                 share = confidence([logits for logits, *_ in outputs], sample["shape"])[0]
                 grey = share.mul(255).round().byte().cpu().numpy()
                 write(out / "confidence" / stage / picture, grey)
-            if append:
-                append(overlay)
+            if film:
+                film.write(overlay[..., ::-1])
     if faults:
         raise UserError(f"{len(faults)} of {len(whole)} images could not be read; see above")
     if not images.labelled:
@@ -255,10 +254,8 @@ def table(results, names):
     """Return the results as a Markdown table, a row per stage."""
     means = sorted({key for entry in results.values() for key in entry if key.startswith("miou_")})
     keys = ("miou", *means, "pixel_accuracy", "teacher_miou")
-    rows = [
-        ["", "mIoU", *means, "accuracy", "teacher", *names],
-        ["---"] * (len(keys) + 1 + len(names)),
-    ]
+    head = ["", "mIoU", *means, "accuracy", "teacher", *names]
+    rows = [head, ["---"] * len(head)]
     for stage, entry in results.items():
         iou = entry.get("iou") or {}
         figures = [*map(entry.get, keys), *map(iou.get, names)]

@@ -96,17 +96,19 @@ def matching(root, pattern):
     pattern without an extension matches any.
     """
     start = pattern[: pattern.index("*")].rpartition("/")[0]
-    folder, rest = Path(root) / start, pattern[len(start) :].lstrip("/")
+    rest = pattern[len(start) :].lstrip("/")
     ending = "" if Path(rest).suffix.lower() in EXTENSIONS else r"\.\w+"
     expression = re.compile(re.escape(rest).replace(r"\*", "(.*)") + ending)
+    folder = Path(root) / start
     matches = {name: expression.fullmatch(name) for name in list_images(folder)}
     return folder, {name: match.groups() for name, match in matches.items() if match}
 
 
-def find_pairs(spec, labelled):
-    """Return a dataset's folder of images, image name -> path of its label or None, label folder.
+def find_pairs(spec, domain, labelled):
+    """Return a dataset's folder of images, and image name -> path of its label, or None.
 
-    spec: a section of the configuration. The names are relative to the folder.
+    spec: cfg's section `domain`. The names are relative to the folder. Raises UserError without
+    images.
     """
     own = spec.layout
     pairs = LAYOUTS[own] if isinstance(own, str) else [(own["images"], own["labels"])]
@@ -119,7 +121,10 @@ def find_pairs(spec, labelled):
         paths = {text: label_folder / name for name, text in label_texts.items()}
         if texts and (paths or not labelled):
             break
-    return folder, {name: paths.get(text) for name, text in texts.items()}, label_folder
+    if not texts:
+        keys = f"are {domain}.root, {domain}.split and {domain}.layout right?"
+        raise UserError(f"{folder}: holds no images of layout {own}; {keys}")
+    return folder, {name: paths.get(text) for name, text in texts.items()}
 
 
 def narrow(names, path, folder):
@@ -128,7 +133,8 @@ def narrow(names, path, folder):
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: this list of images cannot be read ({error})") from error
-    known, wanted = set(names), set()
+    known = set(names)
+    wanted = set()
     for line in filter(str.strip, lines):
         name = line if line in known else line.split()[0]  # a label's path may follow
         while name not in known and "/" in name:  # it may begin above the folder

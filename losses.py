@@ -124,12 +124,11 @@ class Centroids(nn.Module):
         self.register_buffer("vectors", torch.zeros(num_classes, channels))
         self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.long))
 
-    def class_means(self, features, logits, labels=None, min_pixels=5, padded=False):
-        """Return the mean feature of each class in each image: means (M, C), classes (M,).
+    def class_means(self, features, logits, labels=None, min_pixels=5):
+        """Return the mean feature of each class in each image: means (B K, C), classes (B K,).
 
         A pixel is of class k if it is predicted, and (given labels) labelled, as k. A class with
-        fewer than `min_pixels` pixels in an image is left out; with `padded` it is a row of class
-        255 instead: M = B K whatever the data, so that the host waits for nothing.
+        fewer than `min_pixels` pixels in an image is a row of class 255.
         features: (B, C, h, w). logits: (B, K, h, w). labels: (B, H, W), resized to (h, w).
         """
         predicted = logits.argmax(1)
@@ -142,16 +141,14 @@ class Centroids(nn.Module):
         pixels = member.sum(2)
         means = member @ features.float().flatten(2).transpose(1, 2)
         means = (means / pixels.clamp(min=1)[..., None]).flatten(0, 1)
-        classes = torch.where(pixels >= min_pixels, classes, IGNORED).flatten()
-        if padded:
-            return means, classes
-        return means[classes != IGNORED], classes[classes != IGNORED]
+        return means, torch.where(pixels >= min_pixels, classes, IGNORED).flatten()
 
     def accumulate(self, means, classes):
         """Update rho_k <- rho_k + (mean - rho_k) / (n_k + 1), row by row; n_k is capped."""
         for mean, k in zip(means, classes.tolist(), strict=True):
-            self.vectors[k] += (mean - self.vectors[k]) / (self.counts[k] + 1)
-            self.counts[k] = (self.counts[k] + 1).clamp(max=self.cap)
+            if k != IGNORED:
+                self.vectors[k] += (mean - self.vectors[k]) / (self.counts[k] + 1)
+                self.counts[k] = (self.counts[k] + 1).clamp(max=self.cap)
 
     def move(self, means, classes):
         """Update rho_k <- (1 - m) rho_k + m mean, row by row; rows of class 255 change nothing.

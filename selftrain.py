@@ -143,8 +143,8 @@ def train(run, init, folder, source, target):
             run.log(loss=loss, ce=ce, ce_mix=ce_mix, kd=kd, kept=(y_t != 255).float().mean())
 
             # centroids move with the target first, then with the source
-            target_means.append(centroids.class_means(f_t, t_t, y_t, padded=True))
-            source_means.append(centroids.class_means(f_cdm, t_cdm, y_s, padded=True))
+            target_means.append(centroids.class_means(f_t, t_t, y_t))
+            source_means.append(centroids.class_means(f_cdm, t_cdm, y_s))
             if options.diagnose:
                 diagnose(run, y_p, y_t, of_target["truth"])
 

@@ -117,7 +117,7 @@ def checked(tree, overrides, origin):
 
 def _check_classes(cfg, origin):
     names = classes(cfg)
-    differ = cfg.classes == "cityscapes" or len(set(names.values())) == len(cfg.classes)
+    differ = len(set(names.values())) == len(names if cfg.classes == "cityscapes" else cfg.classes)
     require(differ, origin, "classes", cfg.classes, "differ in their names and colours")
     named = {f"evaluation.subsets.{key}": found for key, found in cfg.evaluation.subsets.items()}
     for key, spec in config.flat(cfg, WHOLE).items():

@@ -26,10 +26,7 @@ def choose(name, precision):
     if name == "auto":
         name = "cuda" if has_gpu else "cpu"
     if name == "cuda" and world() > 1:
-        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= count:
-            raise UserError(f"--nproc_per_node is more than the {count} GPUs of this machine")
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if precision == "auto" and name == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if has_bf16 else "fp16"

@@ -42,10 +42,10 @@ def write_text(path, text):
 
 def reason(error):
     """Return what an error of the system says, and what to do about it."""
-    words = getattr(error, "strerror", None) or one_line(str(error).strip().rpartition("\n")[2])
-    is_place = isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT)
-    remedy = "make it a place to read and write, or give another" if is_place else "free disk space"
-    return f"{words}; {remedy}, then run the same command again"
+    is_full = getattr(error, "errno", None) in (None, errno.ENOSPC, errno.EDQUOT)
+    remedy = "free disk space" if is_full else "make it a place to read and write, or give another"
+    words = getattr(error, "strerror", None) or error
+    return f"{one_line(words)}; {remedy}, then run the same command again"
 
 
 def load_tensors(path):
@@ -77,15 +77,13 @@ def find(path, cfg):
 def require_same(path, saved, cfg, section, inputs):
     """Raise UserError unless a checkpoint was made with this configuration and these inputs.
 
-    inputs: file name -> digest, domain -> folders.stamps. Of the stages' sections (with `steps`),
-    only `section` counts.
+    section: the only one that counts of those with `steps`. inputs: name -> a digest, or stamps.
     """
-    old, new = flat(saved.get("config", {})), flat(cfg)
-    changes = []
+    old, new, changes = flat(saved.get("config", {})), flat(cfg), []
     for key, value in new.items():
         top = key.partition(".")[0]
-        of_another_stage = f"{top}.steps" in new and top != section
-        if top not in FREE_KEYS and not of_another_stage and old.get(key, value) != value:
+        is_free = top in FREE_KEYS or (f"{top}.steps" in new and top != section)
+        if not is_free and old.get(key, value) != value:
             changes.append(f"{key} = {one_line(old[key])} instead of {one_line(value)}")
     for name, now in inputs.items():
         before = saved.get("inputs", {}).get(name, now)  # an earlier release noted fewer

@@ -1,4 +1,4 @@
-"""What lies in folders of images: their names, videos, lists of them, files that belong to them."""
+"""What lies in folders of images: their names, files that belong to them."""
 
 import functools
 import os
