@@ -154,7 +154,6 @@ def evaluate(run, path, datasets, out, args):
             scores["dataset"] = key
             scores["split"] = cfg.more_val.get(key, cfg.get(key)).split
             scores["scales"] = cfg.evaluation.scales
-            scores["weights"] = "best_on_val" if stage.endswith("_best_on_val") else "last"
             scores["step"] = saved.get("step")
             results = read_results(run.folder / "results.json")
             short = json.loads(json.dumps(scores), parse_float=lambda x: round(float(x), 3))

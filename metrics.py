@@ -1,6 +1,5 @@
 """Scores with labels and without, predictions at several scales, validation."""
 
-import copy
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +9,8 @@ from torch.utils.data import Subset
 
 from datasets import Images, Whole, loader
 from engine.config import UserError
-from engine.files import load_tensors
-from engine.log import progress, write_log
+from engine.log import progress
 from engine.processes import sum_over_processes
-from layouts import classes
 from losses import probability_labels
 from models import recalibrate_batchnorm
 
@@ -101,33 +98,6 @@ def agreement(run, model):
         counts[1] += full.numel()
     same, pixels = sum_over_processes(counts).tolist()
     return 100 * same / pixels
-
-
-def validate(run, images, crops, student, teacher):
-    """Log both networks' mIoU every cfg.val_every steps; keep the best student.
-
-    It is {stage}_best_on_val.pth. images: labelled Images, or None: no validation. crops: of
-    recalibration, which works on copies: training goes on as if without validation.
-    """
-    step = run.done
-    if images is None or step % run.cfg.val_every:
-        return
-    names, figures = list(classes(run.cfg)), {}
-    student, teacher = copy.deepcopy(student), copy.deepcopy(teacher)
-    recalibrate(run, crops, student, teacher)
-    for name, model in (("teacher", teacher), ("student", student)):
-        matrix = ConfusionMatrix(len(names), run.device)
-        for sample, prediction, _ in predictions(
-            run, model, Whole(images, run.cfg.val.size), [1.0]
-        ):
-            matrix.update(run.fetch(sample["label"]), prediction)
-        miou = matrix.scores(names)["miou"]
-        figures[f"val_miou_{name}"] = round(miou, 4)
-    best = run.folder / f"{run.stage}_best_on_val.pth"
-    old = load_tensors(best) if best.exists() else {}  # of a later step: of another run
-    if old.get("step", step) >= step or old.get("miou", -1) < miou:
-        run.save(best, step, {"student": student}, miou=miou)
-    write_log(run.folder, run.stage, step=step, **figures)
 
 
 def finish(run, crops, student, teacher):

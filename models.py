@@ -292,40 +292,32 @@ def load(path):
     return Predictor(model, classes(cfg), saved["config"].get("val", {}).get("size")).eval()
 
 
-def load_segmenter(path, cfg=None, which="student"):
+def load_segmenter(path, cfg=None, which="student", same_model=False):
     """Return a checkpoint's student or teacher (None where it has none), its Config, its entries.
 
-    Of the Config, `classes` and `model` are its own. Raises UserError, also where `cfg` has others.
+    Of the Config, `classes` and `model` are its own. Raises UserError, also where `cfg` has other
+    classes, or with `same_model` another model.
     """
     saved = load_tensors(path)
-    if "layer0.0.weight" in saved:
-        remedy = f"python -m tools.convert student {path} --out FILE writes it in ours"
-        raise UserError(f"{path}: is the DiGA authors' student; {remedy}")
     if not {"student", "config"} <= saved.keys():
         fault = "holds no segmentation network of warmup.py, selftrain.py or tools.baselines"
         remedy = "of another project's weights, tools/convert.py makes one"
         raise UserError(f"{path}: {fault}; {remedy}")
     own = {key: saved["config"][key] for key in ("classes", "model") if key in saved["config"]}
     own = load_saved(own, (), f"{path}: config")
-    names, wanted = list(classes(own)), list(classes(cfg or own))
-    if names != wanted:
-        order = ", in another order" if sorted(names) == sorted(wanted) else ""
+    names = list(classes(own))
+    if cfg and names != list(classes(cfg)):
+        order = ", in another order" if {*names} == {*classes(cfg)} else ""
         fault = f"was trained for other classes{order}: {', '.join(names)}"
         raise UserError(f"{path}: {fault}; set classes to these")
+    for key, value in own.model.items() if same_model else ():
+        if key != "weights" and cfg.model[key] != value:
+            raise UserError(f"{path}: has model.{key} = {value}, not {cfg.model[key]}; set it")
     if which not in saved:
         return None, own, saved
     model = build_segmenter(num_classes=len(names), **own.model | {"weights": None})
     load_exactly(model, saved[which], path)
     return model, own, saved
-
-
-def load_init(path, cfg):
-    """Return the student of a checkpoint to go on with; UserError where cfg.model differs."""
-    model, own, _ = load_segmenter(path, cfg)
-    for key, value in own.model.items():
-        if key != "weights" and cfg.model[key] != value:
-            raise UserError(f"{path}: has model.{key} = {value}, not {cfg.model[key]}; set it")
-    return model
 
 
 def load_exactly(module, state, origin):

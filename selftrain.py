@@ -28,7 +28,7 @@ from losses import (
     supervised_loss,
     symmetric_distillation,
 )
-from metrics import finish, predictions, validate
+from metrics import finish, predictions
 from settings import load_config
 
 SCALES = (1.0, 0.5)  # of the probability labels; centroids of target images are taken at the last
@@ -67,10 +67,9 @@ def train(run, init, folder, source, target):
     source_crops = Crops(cfg, run.stage, "source", source, batch, total, rare=rare, aligned=aligned)
     both = {"source": source, "target": target}
     recalibration = recalibration_crops(cfg, batch, cfg.bn_recalibrate, **both)
-    val = Images(cfg, "val", labelled=True).check() if cfg.val_every else None
 
     # student, teacher, optimizer, centroids
-    student = run.place(models.load_init(init, cfg))
+    student = run.place(models.load_segmenter(init, cfg, same_model=True)[0])
     teacher = models.make_teacher(student)
     optimizer = models.build_optimizer(student, cfg.optimizer)
     centroids = Centroids(len(names), student.channels, options.momentum).to(run.device)
@@ -155,7 +154,6 @@ def train(run, init, folder, source, target):
             pictures = {"target_image": x_t, "probability_labels": y_p, "feature_labels": y_f}
             pictures |= {"pseudo_labels": y_t, "mixed_image": x_mix, "mixed_labels": y_mix}
             run.show(names, **pictures, truth=of_target.get("truth"))
-        validate(run, val, recalibration, student, teacher)
 
     finish(run, recalibration, student, teacher)
 

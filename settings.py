@@ -127,8 +127,6 @@ def _check_classes(cfg, origin):
         unknown = [name for name in found if name not in (None, *names)]
         must = f"name one of the classes: {one_line(', '.join(names))}"
         require(not unknown, origin, key, unknown, must)
-    scored = cfg.val.root or not cfg.val_every
-    require(scored, origin, "val_every", cfg.val_every, "be 0 without val.root")
 
 
 def _check_sizes(cfg, origin):

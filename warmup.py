@@ -13,7 +13,7 @@ from engine.files import find
 from engine.loop import Run, micro_batch_size
 from layouts import classes
 from losses import ohem_loss, supervised_loss, symmetric_distillation
-from metrics import finish, validate
+from metrics import finish
 from settings import load_config
 
 
@@ -40,11 +40,10 @@ def train(run, init, source):
     batch, rare = options.batch, cfg.rare_classes
     crops = Crops(cfg, run.stage, "source", source, batch, total, rare=rare, aligned=aligned)
     recalibration = recalibration_crops(cfg, batch, cfg.bn_recalibrate, source=source)
-    val = Images(cfg, "val", labelled=True).check() if cfg.val_every else None
 
     # student, teacher, optimizer
     if init:
-        student = run.place(models.load_init(init, cfg))
+        student = run.place(models.load_segmenter(init, cfg, same_model=True)[0])
     else:
         student = run.place(models.build_segmenter(num_classes=len(names), **cfg.model))
     teacher = models.make_teacher(student)
@@ -87,7 +86,6 @@ def train(run, init, source):
             pictures = {"source_image": x_s, "translated": batch.get("translated")}
             pictures |= {"source_labels": y_s, "strong_view": x_cdm}
             run.show(names, **pictures, prediction=logits.argmax(1))
-        validate(run, val, recalibration, student, teacher)
 
     finish(run, recalibration, student, teacher)
 

@@ -14,7 +14,7 @@ from engine.config import UserError, flat, one_line
 # keys that may differ between a checkpoint and the command that goes on with it
 FREE_KEYS = {
     "name", "output", "stages", "device", "compile", "workers", "accumulate", "val", "more_val",
-    "evaluation", "log_every", "pictures_every", "save_every", "val_every",
+    "evaluation", "log_every", "pictures_every", "save_every",
 }  # fmt: skip
 locks = {}  # folder -> the lock that this process holds on it
 

@@ -27,8 +27,12 @@ class Figures:
     """
 
     def __init__(self, folder, stage, device):
-        self.folder, self.stage, self.device = folder, stage, device
-        self.recent, self.overall, self.began = {}, {}, time.perf_counter()
+        self.folder = folder
+        self.stage = stage
+        self.device = device
+        self.recent = {}
+        self.overall = {}
+        self.began = time.perf_counter()
 
     def seconds(self):
         """Return the time since the stage began, that before a resumption included."""
@@ -38,12 +42,14 @@ class Figures:
         """Begin after `first` steps of `total`, of `images` images each."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self.total, self.images = total, images
-        self.written, self.started = first, time.perf_counter()
+        self.total = total
+        self.images = images
+        self.written = first
+        self.started = time.perf_counter()
         if rank() == 0:
             self.writer = SummaryWriter(self.folder / "tensorboard" / self.stage, purge_step=first)
-        done, desc = first * images, self.stage
-        self.bar = progress(total=total * images, initial=done, unit="img", desc=desc)
+        done = first * images
+        self.bar = progress(total=total * images, initial=done, unit="img", desc=self.stage)
 
     def add(self, **figures):
         """Add scalars, to be averaged, or ratios as pairs (numerator, denominator)."""
@@ -66,7 +72,9 @@ class Figures:
         sums = [torch.as_tensor(part, dtype=torch.float64, device=self.device) for part in parts]
         sums = processes.sum_over_processes(torch.stack(sums)).view(-1, 2).tolist()
         sums = dict(zip(self.recent, sums, strict=True))
-        self.recent, figures, done = {}, _means(sums), step - self.written
+        self.recent = {}
+        figures = _means(sums)
+        done = step - self.written
         for name, (above, below) in sums.items():
             if not math.isfinite(figures[name]):
                 fault = f"{name} became {figures[name]} in the {done} steps before step {step}"
@@ -77,7 +85,8 @@ class Figures:
             if rank() == 0:
                 self.writer.add_scalar(f"{self.stage}/{name}", figures[name], step)
         rate = done * self.images / (time.perf_counter() - self.started)
-        self.written, self.started = step, time.perf_counter()
+        self.written = step
+        self.started = time.perf_counter()
         text = "  ".join(f"{name} {value:.3g}" for name, value in figures.items())
         self.bar.set_postfix_str(text)
         if self.bar.disable:

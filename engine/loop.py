@@ -19,25 +19,27 @@ from engine.processes import rank, world
 
 def micro_batch_size(cfg, section):
     """Return how many images each of a step's world x accumulate parts has. Raises UserError."""
-    batch, parts = cfg[section].batch, world() * cfg.accumulate
-    if sum(batch) % parts:
-        fault = f"the {sum(batch)} images of a step cannot be divided into {parts} equal parts"
-        remedy = f"change it, the {world()} processes or accumulate = {cfg.accumulate}"
-        raise UserError(f"{section}.batch = {batch}: {fault}; {remedy}")
-    return sum(batch) // parts
+    images = sum(cfg[section].batch)
+    parts = world() * cfg.accumulate
+    if images % parts:
+        fault = f"{images} images a step cannot be divided by {world()} processes x accumulate"
+        raise UserError(f"{section}.batch: {fault} = {cfg.accumulate}; change one of them")
+    return images // parts
 
 
 class Checkpoints:
     """What a stage leaves in the folder of its run: `{stage}.pth`, once it is finished."""
 
     def __init__(self, cfg, stage, section):
-        self.cfg, self.stage, self.section = cfg, stage, section
+        self.cfg = cfg
+        self.stage = stage
+        self.section = section
         self.folder = Path(cfg.output) / cfg.name
         self.result = self.folder / f"{stage}.pth"
         self.unfinished = self.folder / f"{stage}.unfinished.pth"
         self.inputs = {}  # file name -> digest; rank 0 alone reads and saves them
         self.force = False  # whether --force was given
-        self.first, self.total = 0, 0  # the steps that were done before, and all of them
+        self.first = 0  # the steps that were done before
         self.state = {}  # name -> what a checkpoint holds
 
     def is_finished(self, force, inputs=()):
@@ -103,7 +105,7 @@ class Checkpoints:
 
     def finish(self, **state):
         """Write the stage's result and remove its unfinished checkpoint."""
-        self.save(self.result, self.total, state)
+        self.save(self.result, self.figures.total, state)
         processes.barrier()
         if rank() == 0:
             self.unfinished.unlink(missing_ok=True)
@@ -118,9 +120,9 @@ class Run(Checkpoints):
         self.device, self.dtype = device.choose(cfg.device, cfg.precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.figures = Figures(self.folder, stage, self.device)
-        self.log, self.show = self.figures.add, self.figures.show
+        self.log = self.figures.add
+        self.show = self.figures.show
         self.networks = []  # whose gradients are averaged over processes
-        self.done, self.shows = 0, False  # steps with this one; whether it shows pictures
         torch.backends.cudnn.benchmark = True
         torch.manual_seed(cfg.seed)
         cv2.setNumThreads(1)
@@ -151,7 +153,8 @@ class Run(Checkpoints):
         parts: this process's micro-batches, on the device; torch is seeded before each. After
         SIGINT or SIGTERM in any process, save after the step and raise SystemExit.
         """
-        self.total, received, numbers = total, [], (signal.SIGINT, signal.SIGTERM)
+        received = []
+        numbers = signal.SIGINT, signal.SIGTERM
         handlers = [signal.signal(n, lambda number, _: received.append(number)) for n in numbers]
         if rank() == 0:
             self._describe()
@@ -163,8 +166,8 @@ class Run(Checkpoints):
         try:
             for step in range(self.first, total):
                 done = self.done = self.figures.done = step + 1
-                shows = done % self.cfg.pictures_every == 0 or done == total
-                self.shows = shows and rank() == 0
+                is_shown = done % self.cfg.pictures_every == 0 or done == total
+                self.shows = is_shown and rank() == 0
                 self._seed(step, 0)
                 yield step, self._parts(step, batches)
                 stop = processes.max_over_processes(received[0] if received else 0)

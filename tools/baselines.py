@@ -25,7 +25,7 @@ from engine.command import arguments, command
 from engine.loop import Run, micro_batch_size
 from layouts import classes
 from losses import confident_share, ohem_loss, probability_labels, supervised_loss
-from metrics import finish, validate
+from metrics import finish
 from settings import load_config
 
 PLAIN = ("source_only", "oracle")  # no strong views, no target
@@ -70,7 +70,6 @@ def train(run, method, labelled, target):
         images["target"] = target.check()
         crops["target"] = Crops(cfg, run.stage, "target", target, batch, total)
     recalibration = recalibration_crops(cfg, batch, domains, **images)
-    val = Images(cfg, "val", labelled=True).check() if cfg.val_every else None
 
     # student, teacher, optimizer
     student = run.place(models.build_segmenter(num_classes=len(names), **cfg.model))
@@ -120,7 +119,6 @@ def train(run, method, labelled, target):
         if run.shows:
             pictures = {"image": x_s, "labels": y_s, "prediction": logits.argmax(1)}
             run.show(names, **pictures)
-        validate(run, val, recalibration, student, teacher)
 
     finish(run, recalibration, student, teacher)
 
