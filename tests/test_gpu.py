@@ -7,17 +7,18 @@ import functools
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ok
 from torch import nn
 
 import augment
 import losses
 import metrics
 import models
+import selftrain
+import warmup
 from datasets import Images, Whole
+from engine.command import command
 from engine.run import Run
-from settings import load_config
-from tools import timed
 from translate_cyclegan import Generator
 
 DEVICE = "cuda"
@@ -26,7 +27,7 @@ pytestmark = [
     pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 SIZE, SMALL, CLASSES = (261, 449), (33, 57), 19  # of labels and images, of logits
-SMALLER = "crop=[65,113] source.sizes=[[72,136],[105,191]] target.sizes=[[66,130],[103,205]]"
+SMALLER = "crop=[65,89] source.sizes=[[72,96],[105,140]] target.sizes=[[66,90],[103,140]]"
 
 
 @pytest.fixture(autouse=True)
@@ -173,20 +174,18 @@ def test_consensus_and_scores(rng):
 
 
 @pytest.fixture
-def config(tmp_path, monkeypatch):
-    """config(device, "key=value", ...): config.yaml with small made files; dropout is off."""
+def on_gpu(finished, config, monkeypatch):
+    """on_gpu(device, "key=value", ...) returns a configuration of the finished run; no dropout."""
     monkeypatch.setattr(nn.Dropout2d, "forward", lambda _, x: x)  # a GPU draws other numbers
-    some = [*SMALLER.split(), "val.size=[103,205]", "warmup.batch=[1,1]", "selftrain.batch=[1,1]"]
-    some += ["bn_recalibrate=[]", "compile=false", "translation.crop=[32,64]"]
-    some += ["model.network=resnet18"]
-    some += timed.make_files(load_config(ROOT / "config.yaml", some), tmp_path, 2)
-    return lambda device, *more: load_config(
-        ROOT / "config.yaml", [*some, f"device={device}", *more]
-    )
+    some = [*SMALLER.split(), "bn_recalibrate=[]", "compile=false", "selftrain.rounds=1"]
+    some += ["model.network=mobilenet_v2", "translation.images=runs/test/translated", "name=gpu"]
+    return lambda device, *more: config(*some, f"device={device}", *more)
 
 
-class OneStep(timed.Timed):
+class OneStep(Run):
     """A run of one step, or of two, the second of which must not wait for the GPU."""
+
+    repeats = 1
 
     def steps(self, batches, first, total, state):
         batch, self.figures = self.fetch(next(iter(batches))), {}
@@ -206,23 +205,35 @@ class OneStep(timed.Timed):
     def log(self, **figures):
         self.figures |= {name: torch.as_tensor(x).detach() for name, x in figures.items()}
 
+    def save(self, *_, **__):
+        pass
+
+    finish = save
+
 
 def after_a_step(cfg, stage, repeats=1):
-    """Return a OneStep that has taken its step, from random weights that are always the same."""
-    return timed.train(OneStep(cfg, stage, stage, repeats))
+    """Return a OneStep that has taken its step, from weights that are always the same."""
+    run = OneStep(cfg, stage, stage)
+    run.repeats = repeats
+    run.folder.mkdir(parents=True, exist_ok=True)
+    if stage == "warmup":
+        warmup.train(run)
+    else:
+        selftrain.train(run, "runs/test/warmup.pth", run.folder / "pseudo_labels")
+    return run
 
 
 @pytest.mark.parametrize(
     ("precision", "of_figures", "of_gradients"), [("fp32", 1e-3, 1e-2), ("bf16", 2e-2, 0.7)]
 )
 @pytest.mark.parametrize("stage", ["warmup", "selftrain"])
-def test_a_step(config, stage, precision, of_figures, of_gradients):
+def test_a_step(on_gpu, stage, precision, of_figures, of_gradients):
     """Logged figures, gradients of backbone and head, centroids.
 
     bf16 rounds the gradients of the backbone's first layers by half of their size.
     """
     ours, theirs = (
-        after_a_step(config(device, f"precision={precision}"), stage) for device in (DEVICE, "cpu")
+        after_a_step(on_gpu(device, f"precision={precision}"), stage) for device in (DEVICE, "cpu")
     )
     for name, figure in theirs.figures.items():
         expected = pytest.approx(float(figure), rel=of_figures, abs=of_figures)
@@ -235,16 +246,16 @@ def test_a_step(config, stage, precision, of_figures, of_gradients):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("stage", ["warmup", "selftrain"])
-def test_a_step_does_not_wait_for_the_gpu(config, stage, precision, request):
+def test_a_step_does_not_wait_for_the_gpu(on_gpu, stage, precision, request):
     request.addfinalizer(functools.partial(torch.cuda.set_sync_debug_mode, "default"))
-    after_a_step(config(DEVICE, f"precision={precision}"), stage, repeats=2)
+    after_a_step(on_gpu(DEVICE, f"precision={precision}"), stage, repeats=2)
 
 
-def test_predictions_in_windows_at_two_scales(config):
+def test_predictions_in_windows_at_two_scales(on_gpu):
     def predict(device):
-        run = Run(config(device, "precision=fp32"), "evaluate", "evaluation")
+        run = Run(on_gpu(device, "precision=fp32"), "evaluate", "evaluation")
         model = run.place(models.build_segmenter("resnet18", CLASSES))
-        whole = Whole(Images(run.cfg, "val", labelled=True), run.cfg.val.size)
+        whole = Whole(Images(run.cfg, "val", labelled=True), [103, 205])
         made = metrics.predictions(run, model, whole, (1.0, 0.5), (64, 96))
         return [(prediction.cpu(), outputs[0][0]) for _, prediction, outputs in made]
 
@@ -259,3 +270,18 @@ def test_a_translated_image(rng):
     with torch.no_grad():
         ours, theirs = on_both(lambda x: generator.to(x.device)(x), images(rng, 1)[..., :260, :448])
     assert difference(ours, theirs) < 1e-4
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_stages(dataset, run, precision):
+    for script in ("translate_cyclegan", "warmup", "selftrain"):
+        ok(run(script, "device=cuda", "compile=false", f"precision={precision}"))
+
+
+def test_memory_that_is_not_enough_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["warmup.py"])
+    with pytest.raises(SystemExit) as stop:
+        command(lambda: torch.empty(2**46, dtype=torch.uint8, device=DEVICE))
+    err = capsys.readouterr().err
+    assert (stop.value.code, len(err.splitlines())) == (2, 1)
+    assert "raise accumulate" in err
