@@ -107,7 +107,7 @@ MISSING = {
     "source.list=/nowhere.txt": "/nowhere.txt",
     "source.list=names.txt": "names none.png",
     "source.sizes=[[56,40],[64,48]]": "source.sizes = [56, 40] must be [height, width]",
-    "crop=[8,8]": "crop: [8, 8] pixels of 2 images",
+    "crop=[8,8]": "crop: [8, 8] pixels of 1 images",
     "evaluation.scales=[0.05]": "evaluation.scales: [2, 3] pixels",
 }
 
@@ -116,7 +116,7 @@ MISSING = {
 def test_a_missing_dataset_and_sizes_that_cannot_be(dataset, run, override):
     Path("camera/leftImg8bit/empty").mkdir()
     Path("names.txt").write_text("none.png\n")
-    more = ["crop=[32,32]"] if "sizes" in override else []
+    more = ["crop=[32,32]"] if "sizes" in override else ["accumulate=2"]
     refused(run("warmup", *PLAIN, "val_every=1", *more, override), MISSING[override])
     assert not (dataset / "runs").exists()
 
@@ -159,16 +159,16 @@ def test_what_is_odd_is_a_warning_with_the_figure(run, check):
     exif = Image.Exif()
     exif[274] = 3
     Image.fromarray(picture(0)[0]).save("camera/leftImg8bit/train/a/a_0_leftImg8bit.png", exif=exif)
-    ok(run("warmup", *PLAIN))
-    code, _, err = check()
-    assert code == 0
+    code, _, err = run("warmup", *PLAIN)
+    again, _, more = check()  # a process says it once
+    assert (code, again) == (0, 0)
     for part in (
         "source: half of the images are nearly black",
         "83.3% of the labels' pixels are ignored",
         "none of 6 labels holds car, sky",
         "target: 1 of 4 images have an EXIF orientation, which is not applied",
     ):
-        assert part in err
+        assert part in err + more
 
 
 def test_data_after_a_picture_and_odd_profiles_are_no_fault(run, check):
@@ -273,8 +273,8 @@ def test_half_written_logs_and_results(finished, run):
     kept = whole[: whole[:-9].rfind(b"\n") + 1]
     assert path.read_bytes().startswith(kept + b'{"stage": "warmup"')
     results.write_bytes(results.read_bytes()[:-9])
-    refused(run("tools.report", finished), results, "remove")
-    refused(run("evaluate"), results, "remove")
+    refused(run("tools.report", finished), "results.json", "remove")
+    refused(run("evaluate"), "results.json", "remove")
     (finished / "warmup.pth").write_bytes(b"")
     refused(run("evaluate", "--weights", "warmup.pth"), "warmup.pth", "restore")
 

@@ -128,7 +128,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 def test_a_forced_run_replaces_a_result_only_by_a_finished_one(finished, run, process, template):
     result, unfinished = finished / "warmup.pth", finished / "warmup.unfinished.pth"
     old, steps = result.read_bytes(), log(finished)
-    forced = ("--force", "warmup.steps=30", "save_every=1", "log_every=1", "seed=5")
+    forced = ("--force", "warmup.steps=16", "save_every=1", "log_every=1", "seed=5")
     command = process("warmup", *forced)
     command.wait_for(unfinished.exists)
     os.killpg(command.pid, signal.SIGTERM)
