@@ -132,5 +132,10 @@ def test_the_built_in_label_values():
     assert order(synthia) == "3 4 2 21 5 7 15 9 6 16 1 10 17 8 18 19 20 12 11"
     ignored = [v for v, k in cityscapes.items() if k == 255]
     assert ignored == [*range(7), 9, 10, 14, 15, 16, 18, 29, 30, 34, 255]
+    mapillary = label_values("mapillary", names)
+    assert (mapillary[21], mapillary[47], mapillary[27]) == (12, 5, 10)  # rider, pole, sky
+    assert (len(mapillary), sum(k != 255 for k in mapillary.values())) == (66, 25)
+    two = dict.fromkeys([*range(19), 255], 255) | {10: 0, 0: 1}
+    assert label_values("train_ids", ["sky", "road"]) == two
     assert label_values("index", ["a", "b"]) == {0: 0, 1: 1, 255: 255}
     assert label_values("cityscapes", ["sky"])[7] == 255

@@ -12,7 +12,7 @@ from datasets import Crops, Images, Whole
 from engine import folders
 from engine.config import UserError
 from engine.folders import Aligned, list_images
-from engine.images import read_image, read_label, resize, write_image
+from engine.images import read_image, read_label, write_image
 from engine.processes import loader_workers
 from engine.run import Run
 
@@ -80,12 +80,6 @@ def test_folder_with_any_extension(dataset, config, split):
     for i in range(4):
         assert np.array_equal(images.label(i), as_classes(label))
     assert np.array_equal(images.image(3), image)
-
-
-def test_a_list_narrows_the_dataset(dataset, config):
-    (dataset / "list.txt").write_text("00004.png\n00001.png\n")
-    images = Images(config(f"source.list={dataset}/list.txt"), "source", labelled=True)
-    assert images.names == ["00001.png", "00004.png"]
 
 
 def test_25000_files_are_listed_in_a_second(tmp_path):
@@ -232,12 +226,6 @@ def test_a_crop_of_one_class_is_drawn_again(dataset, config):
         save(dataset / f"game/images/{i:05d}.png", image)
         save(dataset / f"game/labels/{i:05d}.png", label)
     assert share_of_one_class(0.75) < 0.5 * share_of_one_class(1.0)
-
-
-def test_resize_without_a_change_is_the_identity():
-    image, label = picture(0)
-    assert np.array_equal(resize(image, SIZE), image)
-    assert np.array_equal(resize(label, SIZE, labels=True), label)
 
 
 def test_whole_images_keep_their_proportions(dataset):

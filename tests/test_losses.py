@@ -84,30 +84,6 @@ def test_symmetric_distillation_is_the_equation(rng, kappa):
     assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def slow_class_means(features, logits, labels, min_pixels):
-    means, classes = [], []
-    for f, prediction, label in zip(features, logits.argmax(1), labels, strict=True):
-        for k in range(logits.shape[1]):
-            places = itertools.product(range(f.shape[1]), range(f.shape[2]))
-            pixels = [f[:, i, j] for i, j in places if prediction[i, j] == k == label[i, j]]
-            if len(pixels) >= min_pixels:
-                means.append(torch.stack(pixels).mean(0))
-                classes.append(k)
-    return torch.stack(means), classes
-
-
-def test_class_means_with_labels_of_another_size(rng):
-    features = torch.randn(2, 6, 8, 9, generator=rng)
-    logits = torch.randn(2, 4, 8, 9, generator=rng)
-    small = torch.randint(0, 4, (2, 8, 9), generator=rng)
-    small[:, :2] = 255
-    labels = small.repeat_interleave(4, 1).repeat_interleave(4, 2)
-    means, classes = slow_class_means(features, logits, small, 3)
-    ours = losses.Centroids(4, 6).class_means(features, logits, labels, min_pixels=3)
-    assert ours[1].tolist() == classes
-    torch.testing.assert_close(ours[0], means)
-
-
 def test_padded_class_means_move_centroids_alike(rng):
     features = torch.randn(3, 6, 4, 4, generator=rng)
     logits = torch.randn(3, 5, 4, 4, generator=rng)

@@ -16,7 +16,6 @@ import settings
 from engine.config import UserError
 from engine.images import paint, read_image
 from models import build_segmenter, load, load_segmenter, register
-from settings import load_config
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text("utf-8"), re.S)
 PREDICT, HUB, LOSSES, NETWORK, SCRIPT = BLOCKS
@@ -64,15 +63,6 @@ def test_a_loaded_network_predicts_what_evaluation_does(dataset, finished, run, 
         written = dataset / "out/predictions/warmup" / name.relative_to(folder)
         assert np.array_equal(paint(labels, model.colours), read_image(written))
         assert np.array_equal(model.predict(image[:, ::-1][:, ::-1]), labels)  # a view
-
-
-def test_files_that_hold_no_network_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"none\.pth: there is no such file"):
-        load(tmp_path / "none.pth")
-    for entries in ({}, {"generator": {}, "config": {"classes": CLASSES}}):
-        torch.save(entries, tmp_path / "other.pth")
-        with pytest.raises(UserError, match="holds no segmentation network"):
-            load(tmp_path / "other.pth")
 
 
 def test_the_examples_of_the_documentation_run(dataset, finished):
@@ -123,23 +113,3 @@ def test_a_name_that_nobody_registered_is_refused_and_nothing_imported(dataset, 
     for name in ("resnet18", "smp/UPerNet/resnet18"):
         with pytest.raises(UserError, match="in use"):
             register(name)
-
-
-def test_a_registered_network_gets_the_keys_of_the_model(dataset, own_networks):
-    seen = []
-
-    def build(**options):
-        seen.append(options)
-        backbone = nn.Conv2d(3, 8, 3, 4, 1)
-        backbone.out_channels = 8
-        return backbone, nn.Conv2d(8, 16, 1), nn.Conv2d(16, options["num_classes"], 1)
-
-    assert register("seen")(build) is build
-    assert register("seen")(build) is build  # a cell of a notebook that runs again
-    keys = ("model.network=seen", "model.channels=64", "model.weights=a.pth", "model.auxiliary=0.1")
-    cfg = load_config(dataset / "test.yaml", keys)
-    model = build_segmenter(num_classes=3, **cfg.model)
-    assert seen == [{"num_classes": 3, "output_stride": 8, "channels": 64, "weights": "a.pth"}]
-    logits, features, auxiliary = model(torch.rand(1, 3, 33, 50))
-    assert logits.shape == auxiliary.shape == (1, 3, 9, 13)
-    assert (features.shape[1], model.channels) == (16, 16)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, log, ok, picture, same_networks, save, state
+from conftest import ROOT, ok, same_networks, state
 
 COMMANDS = [
     "translate_cyclegan", "warmup", "selftrain", "evaluate", "tools.run_all", "tools.own_data",
@@ -59,20 +59,6 @@ def test_without_what_unix_alone_has_every_command_says_its_help(elsewhere):
     done = python(elsewhere, "-c", HELP, *COMMANDS)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("usage:") == len(COMMANDS)
-
-
-def test_without_what_unix_alone_has_the_demo_trains(elsewhere, tmp_path):
-    for i in range(4):
-        image, label = picture(i, (192, 384))
-        save(tmp_path / f"game/images/{i}.png", image)
-        save(tmp_path / f"game/labels/{i}.png", label)
-    options = [f"source.root={tmp_path}/game", f"output={tmp_path}/runs", "bn_images=2"]
-    options += ["warmup.steps=5", "warmup.crdomix=false", "bn_recalibrate=[source]", "workers=0"]
-    options += ["pictures_every=5", "save_every=2", "device=cpu"]
-    done = python(elsewhere, "warmup.py", "--cfg", "configs/demo.yaml", *options)
-    assert done.returncode == 0, done.stderr
-    assert log(tmp_path / "runs/demo")[-1]["finished"] == 5
-    assert (tmp_path / "runs/demo/warmup.pth").is_file()
 
 
 # ---------------------------------------------------------------- start methods

@@ -4,22 +4,17 @@ Each ends with exit code 0 or 2, one line where it fails, and nothing finished i
 are two trials of each kind and 30 generated configurations; LONG=1 makes a thousand and more.
 """
 
-import os
 import random
 import shutil
-import signal
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import LONG, ROOT, SHIPPED, ok, picture, same_networks, save, state
+from conftest import LONG, ROOT, SHIPPED, state
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from datasets import Images
 from engine.config import Config, UserError
 from settings import load_config
 
@@ -149,26 +144,6 @@ def test_trial(finished, run, template, trial, seed):
             assert path.read_bytes() == data or state(path)
 
 
-@pytest.mark.parametrize("seed", range(100 if LONG else 2))
-def test_a_disturbed_training_ends_as_if_undisturbed(finished, run, process, seed):
-    """A forced training gets signals, or is killed; then the same command is given again."""
-    rng = random.Random(seed)
-    images = ("--force", "warmup.steps=12", f"translation.images={finished}/translated")
-    lock = finished / ".lock"
-    before = lock.stat().st_mtime_ns
-    command = process("warmup", *images, f"workers={rng.randint(0, 1)}")
-    command.wait_for(lambda: lock.stat().st_mtime_ns > before)
-    command.process.join(rng.uniform(0, 2))
-    if command.process.exitcode is None:
-        number = signal.SIGKILL if seed % 2 else rng.choice([signal.SIGINT, signal.SIGTERM])
-        os.kill(command.pid, number)
-    assert command.end()[0] != 2
-    assert all(state(path) for path in finished.glob("*.pth"))
-    ok(run("warmup", *images))
-    ok(run("warmup", *images[1:], "name=whole"))
-    assert same_networks(finished / "warmup.pth", finished.parent / "whole/warmup.pth")
-
-
 # ---------------------------------------------------------------- generated configurations
 
 GENERATED = settings(
@@ -257,64 +232,3 @@ def test_any_text_as_an_override_is_valid_or_one_line(text):
         load_config(ROOT / "config.yaml", [text])
     except UserError as error:
         assert "\n" not in str(error)
-
-
-def corrupt(kind, path, rng):
-    """Make of the image or label file at `path` what `kind` says."""
-
-    def write(array, extension=".png"):
-        path.write_bytes(cv2.imencode(extension, array)[1].tobytes())
-
-    data = path.read_bytes()
-    array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    if kind == "truncated":
-        path.write_bytes(data[: rng.integers(0, len(data))])
-    elif kind == "zeros":
-        start = rng.integers(0, len(data))
-        path.write_bytes(data[:start] + bytes(int(rng.integers(1, 200))) + data[start:])
-    elif kind == "flipped":
-        flipped = bytearray(data)
-        for at in rng.integers(0, len(data), rng.integers(1, 20)):
-            flipped[at] ^= int(rng.integers(1, 256))
-        path.write_bytes(bytes(flipped))
-    elif kind == "other format":
-        write(array, rng.choice([".jpg", ".bmp", ".webp", ".tiff"]))
-    elif kind == "16 bit":
-        write(array.astype(np.uint16) * int(rng.choice([1, 257])))
-    elif kind == "alpha":
-        colour = array if array.ndim == 3 else cv2.cvtColor(array, cv2.COLOR_GRAY2BGR)
-        write(cv2.cvtColor(colour, cv2.COLOR_BGR2BGRA))
-    elif kind == "size":
-        write(array[: rng.integers(1, 48), : rng.integers(1, 64)])
-    elif kind == "values":
-        write(rng.integers(0, 256, array.shape).astype(np.uint8))
-    elif kind == "text":
-        path.write_text("not an image")
-    elif kind == "directory":
-        path.unlink()
-        path.mkdir()
-
-
-KINDS = ["truncated", "zeros", "flipped", "other format", "16 bit", "alpha", "size", "values"]
-KINDS += ["text", "directory"]
-
-
-def test_a_corrupted_image_or_label_is_read_or_named(tmp_path, dataset, config):
-    rng, refused = np.random.default_rng(0), dict.fromkeys(KINDS, 0)
-    for n in range(1000 if LONG else 40):
-        kind, part = KINDS[n % len(KINDS)], ("images", "labels")[n // len(KINDS) % 2]
-        root = tmp_path / f"c{n}"
-        image, label = picture(n)
-        save(root / "images/0.png", image)
-        save(root / "labels/0.png", label)
-        corrupt(kind, root / part / "0.png", rng)
-        try:
-            images_ = Images(config(f"source.root={root}"), "source", labelled=True)
-            assert images_.image(0).shape[:2] == images_.label(0).shape
-        except UserError as error:
-            refused[kind] += 1
-            assert "\n" not in str(error)
-            assert str(root) in str(error)
-        shutil.rmtree(root)
-    never_read = ("truncated", "size", "values", "text", "directory")
-    assert all(refused[kind] for kind in never_read), refused
