@@ -6,17 +6,16 @@ LONG=1 bash run_tests.sh: all random trials, and every shipped configuration at 
 
 import contextlib
 import importlib
+import io
 import json
 import multiprocessing
 import os
 import runpy
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import cv2
@@ -25,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from engine.command import command
 from engine.run import Run
@@ -56,18 +56,11 @@ def paletted_png(indices, palette, depth=8):
 
     indices: (H, W), below 2 ** depth. palette: (N, 3) RGB.
     """
-
-    def chunk(kind, data):
-        check = zlib.crc32(kind + data)
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
-
-    height, width = indices.shape
-    bits = np.unpackbits(indices[..., None].astype(np.uint8), axis=2)[..., 8 - depth :]
-    packed = np.packbits(bits.reshape(height, -1), axis=1)
-    rows = b"".join(b"\0" + row.tobytes() for row in packed)
-    header = struct.pack(">IIBBBBB", width, height, depth, 3, 0, 0, 0)
-    body = chunk(b"PLTE", palette.astype(np.uint8).tobytes()) + chunk(b"IDAT", zlib.compress(rows))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body + chunk(b"IEND", b"")
+    image = Image.frombytes("P", indices.shape[::-1], indices.astype(np.uint8).tobytes())
+    image.putpalette(palette.astype(np.uint8).tobytes())
+    data = io.BytesIO()
+    image.save(data, "PNG", bits=depth)
+    return data.getvalue()
 
 
 def picture(seed, size=SIZE):

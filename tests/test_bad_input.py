@@ -282,17 +282,6 @@ def test_half_written_logs_and_results(finished, run):
 # ---------------------------------------------------------------- names and paths
 
 
-def test_a_configuration_with_a_python_tag_is_refused(run):
-    for text in (
-        "!!python/object/apply:pathlib.Path.touch [trace]",
-        "name: !!python/object/apply:os.mkdir [trace]",
-    ):
-        Path("bad.yaml").write_text(text)
-        refused(run("warmup", "--cfg", "bad.yaml"))
-        refused(run("warmup", f"name={text.removeprefix('name: ')}"))
-        assert not Path("trace").exists()
-
-
 @pytest.mark.parametrize("name", ["../out", "..", "/tmp/out", "a/b", "a\\b", "a b", ""])
 def test_a_name_does_not_lead_out_of_the_folder_of_runs(run, name):
     refused(run("warmup", f"name={name!r}"))

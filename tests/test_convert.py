@@ -36,16 +36,9 @@ def test_the_authors_checkpoint_gives_the_authors_output():
 
 def test_a_published_generators_layout_loads(tmp_path):
     """The keys and shapes of latest_net_G_A.pth, with the prefix and old statistics it may have."""
-    shapes = {"model.1": (64, 3, 7, 7), "model.4": (128, 64, 3, 3), "model.7": (256, 128, 3, 3)}
-    shapes |= {f"model.{10 + b}.conv_block.{c}": (256, 256, 3, 3) for b in range(9) for c in (1, 5)}
-    shapes |= {"model.19": (256, 128, 3, 3), "model.22": (128, 64, 3, 3), "model.26": (3, 64, 7, 7)}
+    keys = json.loads((ROOT / "tests/golden/published_translator_keys.json").read_text())
     generator = torch.Generator().manual_seed(0)
-    state = {}
-    for name, shape in shapes.items():
-        transposed = name in ("model.19", "model.22")
-        outputs = shape[1] if transposed else shape[0]
-        state[f"{name}.weight"] = torch.randn(shape, generator=generator) * 0.02
-        state[f"{name}.bias"] = torch.randn(outputs, generator=generator) * 0.02
+    state = {key: torch.randn(shape, generator=generator) * 0.02 for key, shape in keys.items()}
     torch.save(state, tmp_path / "plain.pth")
     old = {f"module.{k}": v for k, v in state.items()}
     old["module.model.2.running_mean"] = torch.zeros(64)

@@ -5,16 +5,13 @@ import functools
 import importlib
 import os
 import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torchvision
-from conftest import FORKS, LONG, ROOT, files, into_files, log, same, same_networks, state
+from conftest import FORKS, LONG, files, into_files, log, same, same_networks, state
 from torch import nn
 
 import models
@@ -271,45 +268,15 @@ def test_an_error_in_one_process_ends_all(stages, finished):
     assert "00003.jpg: is broken" in err
 
 
-def test_without_torchrun_there_is_no_group(run, dataset):
-    assert run("warmup", "warmup.crdomix=false", "warmup.steps=1")[0] == 0
-    assert not dist.is_initialized()
-    assert (processes.world(), processes.rank()) == (1, 0)
-
-
 OPTIONS = ("warmup.crdomix=false", "warmup.steps=12", "save_every=4", "workers=1")
 
 
-@pytest.fixture
-def undisturbed(stages, dataset):
-    """Return the result of one process that does each batch in two parts."""
-    ok(stages(1, "warmup", *OPTIONS, "name=undisturbed", "accumulate=2"))
-    return dataset / "runs/undisturbed/warmup.pth"
-
-
-def test_a_killed_process_ends_the_others_and_is_made_up_for(stages, dataset, undisturbed):
+def test_a_killed_process_ends_the_others_and_is_made_up_for(stages, dataset):
     """Killed in step 10 of two processes; the rest of the steps by one, in as many parts."""
+    ok(stages(1, "warmup", *OPTIONS, "name=undisturbed", "accumulate=2"))
     codes, _, _ = stages(2, "warmup", *OPTIONS, signal_at=(10, signal.SIGKILL))
     assert codes[1] == -signal.SIGKILL
     assert codes[0] > 0
     assert state(dataset / "runs/test/warmup.unfinished.pth")["step"] == 8
     ok(stages(1, "warmup", *OPTIONS, "accumulate=2"))
-    assert same_networks(dataset / "runs/test/warmup.pth", undisturbed)
-
-
-def test_torchrun_restarts_a_killed_process_and_the_others(dataset, undisturbed):
-    """The first process, which holds the folder's lock, is killed after a checkpoint.
-
-    The job ends as if it had not been.
-    """
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    torchrun += ["--nproc_per_node=2", "--max_restarts=1"]
-    warmup = [str(ROOT / "warmup.py"), "--cfg", "test.yaml", *OPTIONS]
-    agent = subprocess.Popen([*torchrun, *warmup], cwd=dataset, stderr=subprocess.PIPE, text=True)
-    while not (dataset / "runs/test/warmup.unfinished.pth").exists() and agent.poll() is None:
-        time.sleep(0.02)
-    first = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()[0]
-    os.kill(int(first), signal.SIGKILL)
-    _, err = agent.communicate(timeout=120)
-    assert agent.returncode == 0, err
-    assert same_networks(dataset / "runs/test/warmup.pth", undisturbed)
+    assert same_networks("runs/test/warmup.pth", "runs/undisturbed/warmup.pth")

@@ -10,14 +10,8 @@ import torch
 from conftest import ok
 from torch import nn
 
-import augment
-import losses
-import metrics
-import models
 import selftrain
 import warmup
-from datasets import Images, Whole
-from engine.command import command
 from engine.run import Run
 
 DEVICE = "cuda"
@@ -47,41 +41,6 @@ def difference(ours, theirs):
     """Return the norm of the difference, relative to the norm of `theirs`."""
     theirs = theirs.double()
     return ((ours.cpu().double() - theirs).norm() / theirs.norm().clamp(min=1e-12)).item()
-
-
-def label_maps(rng, batch):
-    """Return random label maps in patches of 9 x 9 pixels, with a strip of ignored ones."""
-    labels = torch.randint(CLASSES, (batch, 29, 50), generator=rng)
-    labels = labels.repeat_interleave(9, 1).repeat_interleave(9, 2)[:, : SIZE[0], : SIZE[1]].clone()
-    labels[:, :20, 30:] = losses.IGNORED
-    return labels
-
-
-def images(rng, batch):
-    return torch.rand(batch, 3, *SIZE, generator=rng)
-
-
-# ---------------------------------------------------------------- equations
-
-
-def test_views(rng):
-    """Of eight images, so that each operation of the strong view is drawn."""
-    inputs = images(rng, 8), label_maps(rng, 8), images(rng, 8), label_maps(rng, 8)
-    draws = [torch.rand(8, augment.DRAWS, generator=rng) for _ in range(2)]
-
-    def views(source, labels, other, other_labels, draws, other_draws):
-        strong = augment.strong_view(source, draws[:, augment.FOR_STRONG], 0.4)
-        x_cdm = augment.cross_domain_mix(source, labels, other, draws, 0.4)
-        both = draws, other_draws
-        x_mix, y_mix, _ = augment.class_mix(source, labels, other, other_labels, both, 0.3)
-        return strong, x_cdm, x_mix, y_mix
-
-    given = [*inputs, *draws]
-    *ours, labels = (view.cpu() for view in views(*(x.to(DEVICE) for x in given)))
-    *theirs, expected_labels = views(*given)
-    for view, expected in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(view, expected, rtol=0, atol=1e-4)
-    assert torch.equal(labels, expected_labels)
 
 
 # ---------------------------------------------------------------- networks and steps
@@ -165,29 +124,7 @@ def test_a_step_does_not_wait_for_the_gpu(on_gpu, stage, precision, request):
     after_a_step(on_gpu(DEVICE, f"precision={precision}"), stage, repeats=2)
 
 
-def test_predictions_in_windows_at_two_scales(on_gpu):
-    def predict(device):
-        run = Run(on_gpu(device, "precision=fp32"), "evaluate", "evaluation")
-        model = run.place(models.build_segmenter("resnet18", CLASSES))
-        whole = Whole(Images(run.cfg, "val", labelled=True), [103, 205])
-        made = metrics.predictions(run, model, whole, (1.0, 0.5), (64, 96))
-        return [(prediction.cpu(), outputs[0][0]) for _, prediction, outputs in made]
-
-    for (ours, logits), (theirs, expected) in zip(predict(DEVICE), predict("cpu"), strict=True):
-        assert difference(logits, expected) < 1e-4
-        assert (ours == theirs).float().mean() > 0.999
-
-
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_the_stages(dataset, run, precision):
     for script in ("translate_cyclegan", "warmup", "selftrain"):
         ok(run(script, "device=cuda", "compile=false", f"precision={precision}"))
-
-
-def test_memory_that_is_not_enough_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["warmup.py"])
-    with pytest.raises(SystemExit) as stop:
-        command(lambda: torch.empty(2**46, dtype=torch.uint8, device=DEVICE))
-    err = capsys.readouterr().err
-    assert (stop.value.code, len(err.splitlines())) == (2, 1)
-    assert "raise accumulate" in err

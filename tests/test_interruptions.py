@@ -100,13 +100,6 @@ def test_a_full_disk_leaves_the_last_checkpoint(dataset, process):
         subprocess.run(["umount", "-l", disk], check=False)
 
 
-def test_a_run_folder_that_vanishes(dataset, process):
-    command = process("warmup", "warmup.crdomix=false", "warmup.steps=2000", "save_every=1000")
-    command.wait_for((dataset / "runs/test/log.jsonl").exists)
-    shutil.rmtree(dataset / "runs/test")
-    refused(command.end(), "runs/test")
-
-
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file"
     files.write_text(path, "old")

@@ -113,33 +113,6 @@ def test_move_is_one_row_after_the_other(rng, momentum):
     torch.testing.assert_close(centroids.vectors, expected)
 
 
-def test_accumulate_is_a_mean_until_the_cap_and_an_average_that_forgets_after_it(rng):
-    means = torch.randn(20, 3, generator=rng)
-    centroids = losses.Centroids(2, 3, cap=8)
-    centroids.accumulate(means[:8], torch.zeros(8, dtype=torch.long))
-    torch.testing.assert_close(centroids.vectors[0], means[:8].mean(0))
-    expected = means[:8].mean(0)
-    for mean in means[8:]:
-        expected = (expected * 8 + mean) / 9
-    centroids.accumulate(means[8:], torch.zeros(12, dtype=torch.long))
-    torch.testing.assert_close(centroids.vectors[0], expected)
-    assert centroids.counts.tolist() == [8, 0]
-    assert not centroids.vectors[1].any()
-
-
-def test_assign_is_the_equation(rng):
-    centroids = losses.Centroids(3, 4)
-    centroids.vectors.copy_(torch.randn(3, 4, generator=rng))
-    features = torch.randn(1, 4, 3, 5, generator=rng)
-    closeness = torch.zeros(1, 3, 3, 5)
-    for i in range(3):
-        for j in range(5):
-            away = [math.dist(features[0, :, i, j], rho) for rho in centroids.vectors]
-            closeness[0, :, i, j] = torch.tensor([-d for d in away]).softmax(0)
-    expected = F.interpolate(closeness, (9, 15), mode="bilinear", align_corners=True).argmax(1)
-    assert torch.equal(centroids.assign(features, (9, 15)), expected)
-
-
 def test_semantic_edges_are_where_a_neighbour_differs(rng):
     labels = torch.randint(0, 3, (2, 6, 7), generator=rng)
     translated, images = torch.rand(2, 2, 3, 6, 7, generator=rng)

@@ -90,15 +90,6 @@ def test_the_rate_of_a_transformer_decays_by_block():
     assert len(rate_of) == sum(1 for _ in model.parameters())
 
 
-@pytest.mark.parametrize("network", ["resnet18", "mobilenet_v2"])
-def test_imagenet_weights_from_a_file(network, tmp_path):
-    theirs = torchvision.models.get_model(network)
-    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
-    ours = segmenter(network, weights=str(tmp_path / "weights.pth"))
-    first = theirs.conv1 if network == "resnet18" else theirs.features[0][0]
-    assert torch.equal(next(ours.backbone.parameters()), first.weight)
-
-
 def test_weights_that_do_not_fit_are_named(tmp_path):
     state = torchvision.models.resnet18().state_dict()
     del state["layer1.0.conv1.weight"]

@@ -1,6 +1,7 @@
 """tools.own_data: a configuration from nothing but folders, which the stages take; its checks."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,6 @@ from test_datasets import as_classes
 from datasets import Images
 from engine.images import read_image, resize
 from settings import load_config
-from tools import own_data
 
 
 @pytest.fixture
@@ -71,13 +71,6 @@ def test_folders_of_a_game_and_of_cityscapes(dataset, init, run):
     assert (dataset / "runs/my/report.html").exists()
 
 
-def test_colours_that_can_be_told_apart():
-    colours = np.array(own_data.distinct_colours(12))
-    distance = np.linalg.norm(colours[:, None] - np.vstack([colours, [[0, 0, 0]]])[None], axis=2)
-    assert np.sort(distance)[:, 1].min() > 60
-    assert len({tuple(colour) for colour in own_data.distinct_colours(255)}) == 255
-
-
 def test_a_bare_folder_of_images_and_labels_with_a_palette(dataset, init):
     palette = np.arange(256)[:, None] * [1, 0, 0] + [0, 50, 90]
     for i in range(6):
@@ -97,40 +90,28 @@ def test_a_bare_folder_of_images_and_labels_with_a_palette(dataset, init):
     assert len(Images(cfg, "target", False)) == 3
 
 
-def spoil(folder, kind):
-    label = folder / "game/labels/00000.png"
-    if kind == "exists already":
-        (folder / "my.yaml").write_text("")
-    elif kind == "no labels":
-        shutil.rmtree(folder / "game/labels")
-    elif kind == "no images":
-        shutil.rmtree(folder / "camera/leftImg8bit")
-        shutil.rmtree(folder / "camera/gtFine")
-    elif kind == "one value":
-        for path in (folder / "game/labels").iterdir():
-            save(path, np.zeros((48, 64), np.uint8))
-        shutil.rmtree(folder / "camera/gtFine")
-    elif kind == "many values":
-        save(label, np.arange(48 * 64, dtype=np.uint16).reshape(48, 64))
-    elif kind == "colours":
-        save(label, picture(0)[0])
+def one_value():
+    for path in Path("game/labels").iterdir():
+        save(path, np.zeros((48, 64), np.uint8))
+    shutil.rmtree("camera/gtFine")
 
 
+LABEL = Path("game/labels/00000.png")
 FAULTS = {
-    "exists already": "my.yaml: exists already",
-    "no labels": "but no label of the same name",
-    "no images": "camera: no images",
-    "one value": "hold 1 values",
-    "many values": "hold 3072 values",
-    "colours": "convert it",
+    "my.yaml: exists already": lambda: Path("my.yaml").write_text(""),
+    "but no label of the same name": lambda: shutil.rmtree("game/labels"),
+    "camera: no images": lambda: [shutil.rmtree(path) for path in Path("camera").iterdir()],
+    "hold 1 values": one_value,
+    "hold 3072 values": lambda: save(LABEL, np.arange(3072, dtype=np.uint16).reshape(48, 64)),
+    "convert it": lambda: save(LABEL, picture(0)[0]),
 }
 
 
-@pytest.mark.parametrize("kind", FAULTS)
-def test_folders_that_cannot_be_used(dataset, init, kind):
-    spoil(dataset, kind)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_folders_that_cannot_be_used(dataset, init, fault):
+    FAULTS[fault]()
     before = sorted(dataset.rglob("*"))
-    refused(init("game", "camera"), FAULTS[kind])
+    refused(init("game", "camera"), fault)
     assert sorted(dataset.rglob("*")) == before
 
 

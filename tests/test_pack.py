@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import yaml
-from conftest import Killed, files, ok, paletted_png, picture, refused, save
+from conftest import Killed, files, ok, paletted_png, picture, refused
 from test_datasets import crops, equal_samples
 
 from datasets import Crops, Images
@@ -43,26 +43,6 @@ def test_files_of_the_training_size_give_the_same_samples(dataset, packed, confi
         Crops(c, "test", "target", Images(c, "target", True), [1, 1], 8) for c in (cfg, config())
     )
     assert all(equal_samples(target[n], original[n]) for n in range(16))
-
-
-def test_16_bit_labels_and_the_layout_flat(dataset, packed, config):
-    for i in range(3):
-        image, label = picture(i)
-        values = np.zeros((*label.shape, 3), np.uint16)
-        values[..., 0] = label.astype(np.uint16) * 10
-        save(dataset / f"synthia/RGB/{i}.png", image)
-        save(dataset / f"synthia/GT/LABELS/{i}.png", values)
-        save(dataset / f"flat/photos/{i}.jpg", image)
-    ids = "source.ids={0: null, 70: road, 230: sky, 260: car}"
-    options = ["source.layout=synthia", f"source.root={dataset}/synthia", ids]
-    options += ["target.layout=flat", f"target.root={dataset}/flat/photos", "target.split=null"]
-    options += ["selftrain.diagnose=false"]
-    out = packed(*options)
-    cfg = configured(dataset, out, *(o for o in options if ".root" not in o))
-    ours, originals = crops(cfg), crops(config(*options))
-    assert all(equal_samples(ours[n], originals[n]) for n in range(16))
-    photo = read_image(dataset / "packed/target/photos/1.ppm")
-    assert np.array_equal(photo, read_image(dataset / "flat/photos/1.jpg"))
 
 
 def test_larger_files_are_scaled_as_training_scales_them(dataset, packed, config):

@@ -18,7 +18,6 @@ from conftest import (
     LONG,
     ROOT,
     SIZE,
-    SOURCE_ONLY,
     changed,
     files,
     killed_after,
@@ -123,12 +122,6 @@ def check_log(folder):
     return best
 
 
-def test_the_baseline_reads_no_target_and_no_translation(dataset, run):
-    shutil.rmtree(dataset / "camera")
-    ok(run(*SOURCE_ONLY))
-    assert [line["stage"] for line in log(dataset / "runs/test")] == ["source_only"] * 4
-
-
 def test_the_source_only_step_is_plain_supervised_training(dataset, run, config):
     """The whole command against a loop of a dozen lines."""
     overrides = ("warmup.distill=0", "warmup.crdomix=false", "bn_recalibrate=[]")
@@ -213,14 +206,6 @@ def test_another_translator_translates_all_images_again(finished, run):
     after = files(finished / "translated")
     assert before.keys() == after.keys()
     assert not any(before[name] == after[name] for name in before)
-
-
-def test_images_of_any_size_are_translated_at_their_size(dataset, run):
-    image, label = picture(0, (51, 67))
-    save(dataset / "game/images/00000.png", image)
-    save(dataset / "game/labels/00000.png", label)
-    ok(run("translate_cyclegan"))
-    assert read_image(dataset / "runs/test/translated/00000.jpg").shape == (51, 67, 3)
 
 
 def test_a_folder_of_images_without_labels(finished, run):

@@ -252,10 +252,3 @@ def test_a_self_training_step(run, config, monkeypatch, warmed_up, labels, class
             for k, mean in class_means(features[first + b], predicted, label):
                 centroids[k] = 0.9 * centroids[k] + 0.1 * mean
     torch.testing.assert_close(saved["centroids"]["vectors"], centroids, rtol=1e-3, atol=1e-4)
-
-
-def test_labels_of_the_moving_teacher_are_not_stored(run, warmed_up):
-    options = ("selftrain.labels=online", "selftrain.steps=2", "selftrain.diagnose=true")
-    ok(run("selftrain", *options, "selftrain.rounds=1", "log_every=1"))
-    assert log(warmed_up)[-2]["precision"] >= 0
-    assert not (warmed_up / "pseudo_labels").exists()

@@ -109,14 +109,6 @@ def test_run_all_ends_with_the_first_stage_that_fails(dataset):
     assert done.stderr.startswith("run_all.py: ")
 
 
-def test_run_all_in_two_processes(dataset):
-    options = ["stages=[warmup]", "warmup.crdomix=false", "warmup.steps=2", "bn_images=2"]
-    done = run_all("test.yaml", *options, NPROC="2")
-    assert done.returncode == 0, done.stderr
-    environment = (dataset / "runs/test/environment.json").read_text(encoding="utf-8")
-    assert '"processes": 2' in environment
-
-
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no process groups")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_run_all_passes_a_signal_on_once(dataset, number, code):

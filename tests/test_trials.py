@@ -92,14 +92,6 @@ def trial_unfinished(run, folder, rng, template):
     return run("warmup", "warmup.crdomix=false")
 
 
-def trial_log(run, folder, rng):
-    names = ["log.jsonl", "results.json", "environment.json", "config.yaml"]
-    damage_bytes(folder / rng.choice(names), rng)
-    if rng.random() < 0.3:
-        return run("evaluate")
-    return run("tools.report", folder)
-
-
 def trial_image(run, folder, rng):
     place = Path(rng.choice(["game/images", "game/labels", "camera/leftImg8bit"]))
     path = rng.choice(sorted(p for p in place.rglob("*") if p.is_file()))
@@ -110,22 +102,7 @@ def trial_image(run, folder, rng):
     return run("warmup", *FAST, "--force", "warmup.steps=1")
 
 
-ARGUMENTS = [
-    ("evaluate", "--weights", "a\nb.pth"), ("evaluate", "--images", "test.yaml"),
-    ("evaluate", "--nonsense"), ("warmup", "no equals"), ("warmup", "output=test.yaml"),
-    ("warmup", "source.root=~/none"), ("selftrain", "--init", "~/none.pth", "--force"),
-    ("selftrain", "--init", "game"), ("tools.report", "none"), ("tools.report",),
-    ("evaluate", "--out", "test.yaml"), ("warmup", "--force", "workers=x"),
-    ("selftrain", "--force", "crop=[8,8]"),
-]  # fmt: skip
-
-
-def trial_arguments(run, folder, rng):
-    return run(*rng.choice(ARGUMENTS))
-
-
-TRIALS = [trial_configuration, trial_checkpoint, trial_log, trial_image, trial_arguments]
-TRIALS.append(trial_unfinished)
+TRIALS = [trial_configuration, trial_checkpoint, trial_unfinished, trial_image]
 
 
 @pytest.mark.parametrize("seed", range(150 if LONG else 2))
