@@ -1,12 +1,19 @@
-"""The methods that DiGA is compared with: their parts against plain versions, and whole runs."""
+"""The methods that DiGA is compared with: parts against plain versions, whole runs; a floor."""
+
+import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import log, ok, same, save, state
+from conftest import ROOT, SOURCE_ONLY, killed_after, log, main, ok, same_networks, save
+from torch import nn
 
+import settings
 from datasets import Crops, Images, RareClasses
+from models import register
+from settings import load_config
 from tools import baselines
+from tools import make_demo_data as demo
 
 
 def test_rare_class_sampling_draws_classes_by_the_published_formula(dataset, config):
@@ -67,23 +74,66 @@ def test_a_method_trains_for_as_many_steps_as_all_of_diga_and_is_scored(dataset,
     assert "| " + method in ok(run("evaluate", "--weights", f"{method}.pth", name))
 
 
-def test_a_method_resumes_exactly(dataset, run, monkeypatch):
-    whole, stopped = "name=whole", "name=stopped"
-    ok(run("tools.baselines", "--method", "mic", whole))
-    monkeypatch.setattr(baselines, "recalibrate_batchnorm", None)  # a crash after the last save
-    with pytest.raises(TypeError):
-        run("tools.baselines", "--method", "mic", stopped)
-    monkeypatch.undo()
-    ok(run("tools.baselines", "--method", "mic", stopped))
-    a, b = (state(dataset / f"runs/{name}/mic.pth") for name in ("whole", "stopped"))
-    assert same(a["student"], b["student"])
-    assert same(a["teacher"], b["teacher"])
+def test_a_method_resumes_exactly(dataset, run):
+    ok(run("tools.baselines", "--method", "mic", "name=whole"))
+    with killed_after(9):
+        run("tools.baselines", "--method", "mic", "name=killed")
+    ok(run("tools.baselines", "--method", "mic", "name=killed"))
+    assert same_networks(dataset / "runs/whole/mic.pth", dataset / "runs/killed/mic.pth")
 
 
-def test_rare_class_sampling_in_the_stages(dataset, run):
-    more = "rare_classes=0.1", f"translation.images={dataset}/game/images", "selftrain.rounds=1"
-    ok(run("warmup", *more))
-    ok(run("selftrain", *more))
-    ok(run("warmup", "name=uniform", *more[1:]))
-    rare, uniform = (state(dataset / f"runs/{name}/warmup.pth") for name in ("test", "uniform"))
-    assert not same(rare["student"], uniform["student"])
+# ---------------------------------------------------------------- a floor for accuracy
+
+FLOOR = 10  # points of mIoU; seeds 0, 1 and 2 had 17.4, 23.0 and 21.8
+OPTIONS = [
+    "device=cpu", "precision=fp32", "workers=0", "source.root=game", "target.root=camera",
+    "val.root=camera", "source.sizes=[[48,96],[64,128]]", "target.sizes=[[48,96],[64,128]]",
+    "val.size=[64,128]", "crop=[48,96]", "translation.crop=[32,64]", "translation.images=ideal",
+    "model.network=small", "model.channels=32", "optimizer.lr_backbone=4e-3",
+    "optimizer.lr_head=4e-3", "warmup.steps=200", "warmup.batch=[2,2]", "bn_images=16",
+    "log_every=100", "pictures_every=1000", "save_every=1000", "evaluation.pictures=0",
+]  # fmt: skip
+
+
+def small(num_classes, channels, **_):
+    """Return a network of five convolutions, which learns something in 200 steps."""
+
+    def block(inputs, outputs, stride, dilation):
+        conv = nn.Conv2d(inputs, outputs, 3, stride, dilation, dilation, bias=False)
+        return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
+
+    blocks = [block(3, 16, 2, 1), block(16, 32, 2, 1), block(32, 32, 1, 2), block(32, 32, 1, 4)]
+    return nn.Sequential(*blocks), block(32, channels, 1, 8), nn.Conv2d(channels, num_classes, 1)
+
+
+def test_a_warm_up_beats_source_only(tmp_path, monkeypatch):
+    """With ideal translations: the game's scenes, drawn as the camera would see them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(settings, "OWN_NETWORKS", {})
+    monkeypatch.setattr("models.OWN_NETWORKS", settings.OWN_NETWORKS)
+    register("small")(small)
+    path = ROOT / "configs/demo.yaml"
+    cfg = load_config(path, OPTIONS)
+    monkeypatch.setattr(demo, "SPLITS", {"game": 16, "train": 12, "val": 12})
+    main("tools.make_demo_data", "--cfg", path, *OPTIONS)
+    for domain, split, count in (
+        ("source", "game", 16),
+        ("target", "train", 12),
+        ("val", "val", 12),
+    ):
+        images = Images(cfg, domain, labelled=True)
+        assert len(images) == count
+        assert np.array_equal(images.image(1), demo.render(0, split, 1)[0])
+        assert images.label(1).max() < 8
+    for i in range(16):
+        rng = np.random.default_rng([0, 0, i])
+        image = demo.as_camera(demo.draw_world(rng, demo.CAMERA), rng)
+        save(tmp_path / f"ideal/{i:05d}.png", (np.clip(image, 0, 1) * 255).round().astype(np.uint8))
+
+    script, *more = SOURCE_ONLY
+    main(script, "--cfg", path, *OPTIONS, *more)
+    main("warmup", "--cfg", path, *OPTIONS)
+    main("evaluate", "--cfg", path, *OPTIONS)
+    results = json.loads((tmp_path / "runs/demo/results.json").read_text())
+    miou = {stage: entry["miou"] for stage, entry in results.items()}
+    assert miou["warmup"] > miou["source_only"] + FLOOR, miou

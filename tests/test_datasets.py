@@ -1,7 +1,5 @@
-"""Layouts, reading, geometry, and the one line for files that cannot be used."""
+"""Layouts, reading, geometry: what one sample is."""
 
-import threading
-import time
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
@@ -11,10 +9,9 @@ from engine.run import Run
 
 import datasets
 from datasets import Crops, Images, Whole
-from engine import folders, processes
-from engine.config import UserError
-from engine.folders import Aligned, list_images
-from engine.images import image_writer, read_image, read_label, resize, write_image
+from engine import folders
+from engine.folders import Aligned
+from engine.images import read_image, read_label
 from engine.processes import loader_workers
 
 
@@ -83,20 +80,6 @@ def test_folder_with_any_extension(dataset, config, split):
     assert np.array_equal(images.image(3), image)
 
 
-def test_a_list_narrows_the_dataset(dataset, config):
-    (dataset / "list.txt").write_text("00004.png\n00001.png\n")
-    images = Images(config(f"source.list={dataset}/list.txt"), "source", labelled=True)
-    assert images.names == ["00001.png", "00004.png"]
-
-
-def test_25000_files_are_listed_in_a_second(tmp_path):
-    for i in range(25000):
-        (tmp_path / f"{i:05d}.png").touch()
-    start = time.process_time()
-    assert len(list_images(tmp_path)) == 25000
-    assert time.process_time() - start < 1
-
-
 # ---------------------------------------------------------------- reading
 
 
@@ -107,152 +90,6 @@ def test_a_palettes_indices_are_read(tmp_path, depth):
     palette = rng.integers(0, 256, (2**depth, 3))
     (tmp_path / "a.png").write_bytes(paletted_png(indices, palette, depth))
     assert np.array_equal(read_label(tmp_path / "a.png"), indices)
-
-
-def test_16_bit_gray_labels(tmp_path):
-    values = np.arange(600, dtype=np.uint16).reshape(20, 30)
-    save(tmp_path / "a.png", values)
-    assert np.array_equal(read_label(tmp_path / "a.png"), values)
-
-
-def bad_image(path, kind):
-    data = path.read_bytes()
-    if kind == "truncated":
-        path.write_bytes(data[: len(data) // 2])
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "text":
-        path.write_text("not a picture")
-    elif kind == "damaged":
-        path.write_bytes(data[:200] + b"\0" * 40 + data[240:])
-    elif kind == "dangling":
-        path.unlink()
-        path.symlink_to("nowhere.png")
-    elif kind == "folder":
-        path.unlink()
-        path.mkdir()
-
-
-@pytest.mark.parametrize("kind", ["truncated", "empty", "text", "damaged", "dangling"])
-@pytest.mark.parametrize("what", ["images", "labels"])
-def test_a_broken_file_is_named_in_one_line(dataset, config, kind, what):
-    path = dataset / f"game/{what}/00003.png"
-    bad_image(path, kind)
-    with pytest.raises(UserError) as caught:
-        Images(config(), "source", labelled=True)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_truncated_jpeg(tmp_path):
-    save(tmp_path / "a.jpg", picture(0)[0])
-    assert read_image(tmp_path / "a.jpg").shape == (*SIZE, 3)
-    bad_image(tmp_path / "a.jpg", "truncated")
-    with pytest.raises(UserError, match=r"a\.jpg.*cut short"):
-        read_image(tmp_path / "a.jpg")
-
-
-def test_raw_pixels_are_mapped_not_read(tmp_path):
-    image, path = picture(0)[0], tmp_path / "a.ppm"
-    write_image(path, image)
-    mapped = read_image(path)
-    assert isinstance(mapped, np.memmap)
-    assert np.array_equal(mapped, image)
-    mapped[:] = 0  # what is done to the array never reaches the file
-    assert np.array_equal(read_image(path), image)
-    header, pixels = path.read_bytes()[: -image.size], image.tobytes()
-    commented = header.replace(b"P6\n", b"P6\n# made by a camera\n")
-    path.write_bytes(commented + pixels)
-    assert np.array_equal(read_image(path), image)
-    sizes = (3, 4), (99999, 99999), (2**63 - 1, 9), (9, 10**30)
-    wrong = [b"P6\n%d %d\n255\n" % size + bytes(36) for size in sizes]
-    for broken in (header + pixels[:-1], header, b"P6\n", b"", *wrong):
-        path.write_bytes(broken)
-        with pytest.raises(UserError, match=r"a\.ppm: "):
-            read_image(path)
-
-
-def break_label(dataset, kind):
-    path = dataset / "game/labels/00003.png"
-    image, label = picture(3)
-    if kind == "missing":
-        path.unlink()
-    elif kind == "size":
-        save(path, label[:-1])
-    elif kind == "value":
-        label[9, 9] = 77
-        save(path, label)
-    elif kind == "colours":
-        save(path, image)
-    elif kind == "truncated":
-        bad_image(path, "truncated")
-    return path
-
-
-REMEDIES = {
-    "missing": "add it",
-    "size": "make them equal",
-    "value": "77 has no class; add it to ids",
-    "colours": "convert it",
-    "truncated": "restore the file",
-}
-
-
-@pytest.mark.parametrize("kind", REMEDIES)
-def test_bad_labels_end_a_stage_with_one_line_and_nothing_written(dataset, run, kind):
-    path = break_label(dataset, kind)
-    code, _, err = run("warmup", "warmup.crdomix=false")
-    assert code == 2
-    assert len(err.strip().splitlines()) == 1
-    assert path.name in err
-    assert REMEDIES[kind] in err
-    assert not (dataset / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("override", "part"),
-    [
-        ("source.root=/nowhere", "no such folder of images; set source.root"),
-        ("val.split=test", "camera/leftImg8bit/test: no such folder"),
-        ("source.list=/nowhere.txt", "/nowhere.txt"),
-    ],
-)
-def test_a_missing_dataset_or_split(dataset, run, override, part):
-    code, _, err = run("warmup", "warmup.crdomix=false", "val_every=1", override)
-    assert code == 2
-    assert len(err.strip().splitlines()) == 1
-    assert part in err
-    assert not (dataset / "runs").exists()
-
-
-def test_an_empty_split(dataset, run):
-    (dataset / "camera/leftImg8bit/test").mkdir()
-    code, _, err = run("warmup", "warmup.crdomix=false", "val_every=1", "val.split=test")
-    assert code == 2
-    assert "holds no images" in err
-
-
-def test_a_label_value_that_only_a_loader_process_meets(dataset, run, monkeypatch):
-    """Beyond the files that are checked beforehand, a worker finds it while training."""
-    path = break_label(dataset, "value")
-    monkeypatch.setattr(Images, "_judge", lambda *_: None)
-    whole = (
-        "max_class_share=1.0",
-        "min_scale=1.0",
-        "crop=[40,56]",
-        "source.sizes=[[48,64],[48,64]]",
-    )
-    code, _, err = run("warmup", "warmup.crdomix=false", "workers=1", "warmup.steps=20", *whole)
-    assert code == 2
-    assert err.strip().splitlines()[-1].startswith(f"warmup.py: {path}: the label value 77")
-    assert len(err.strip().splitlines()) == 1
-    assert not (dataset / "runs/test/warmup.pth").exists()
-
-
-def test_two_images_of_one_name(dataset, config):
-    save(dataset / "game/images/00003.bmp", picture(3)[0])
-    with pytest.raises(UserError, match=r"00003.*rename one"):
-        Images(config(), "source", labelled=True)
 
 
 # ---------------------------------------------------------------- crops
@@ -289,16 +126,11 @@ def test_the_number_of_loader_processes_changes_nothing(config, workers):
                 assert np.array_equal(batch[key][slot], value)
 
 
-def test_loader_processes_follow_from_the_cores(monkeypatch, tmp_path):
+def test_loader_processes_follow_from_the_cores(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)), raising=False)
-    monkeypatch.setattr(processes, "CPU_QUOTA", tmp_path / "cpu.max")
     assert [loader_workers(asked) for asked in (0, 3, "auto")] == [0, 3, 8]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
     assert loader_workers("auto") == 4
-    monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    for quota, workers in (("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1)):
-        (tmp_path / "cpu.max").write_text(quota + "\n")
-        assert loader_workers("auto") == workers
 
 
 def test_every_image_once_an_epoch(config):
@@ -366,35 +198,8 @@ def test_a_crop_of_one_class_is_drawn_again(dataset, config):
     assert share_of_one_class(0.75) < 0.5 * share_of_one_class(1.0)
 
 
-def test_resize_without_a_change_is_the_identity():
-    image, label = picture(0)
-    assert np.array_equal(resize(image, SIZE), image)
-    assert np.array_equal(resize(label, SIZE, labels=True), label)
-
-
 def test_whole_images_keep_their_proportions(dataset):
     save(dataset / "own/a.png", np.zeros((100, 50, 3), np.uint8))
     sample = Whole(folders.Folder(dataset / "own"), [50, 100])[0]
     assert sample["image"].shape == (100, 50, 3)
     assert Whole(folders.Folder(dataset / "own"), [20, 40])[0]["image"].shape == (40, 20, 3)
-
-
-def test_threads_that_have_used_opencv_do_not_end(dataset, config, monkeypatch):
-    """A process forked while one ends could wait for OpenCV's lock for ever: 3 of 500 did."""
-    used = set()
-
-    def noted(function):
-        def call(*arguments):
-            used.add(threading.current_thread())
-            return function(*arguments)
-
-        return call
-
-    monkeypatch.setattr("engine.folders.read_image", noted(read_image))
-    monkeypatch.setattr("engine.images.write_image", noted(write_image))
-    image = Images(config(), "source", labelled=True).image(0)
-    with image_writer() as write:
-        for i in range(9):
-            write(dataset / f"{i}.png", image)
-    assert len(used - {threading.main_thread()}) > 0
-    assert all(thread.is_alive() for thread in used)

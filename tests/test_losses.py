@@ -84,30 +84,6 @@ def test_symmetric_distillation_is_the_equation(rng, kappa):
     assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def slow_class_means(features, logits, labels, min_pixels):
-    means, classes = [], []
-    for f, prediction, label in zip(features, logits.argmax(1), labels, strict=True):
-        for k in range(logits.shape[1]):
-            places = itertools.product(range(f.shape[1]), range(f.shape[2]))
-            pixels = [f[:, i, j] for i, j in places if prediction[i, j] == k == label[i, j]]
-            if len(pixels) >= min_pixels:
-                means.append(torch.stack(pixels).mean(0))
-                classes.append(k)
-    return torch.stack(means), classes
-
-
-def test_class_means_with_labels_of_another_size(rng):
-    features = torch.randn(2, 6, 8, 9, generator=rng)
-    logits = torch.randn(2, 4, 8, 9, generator=rng)
-    small = torch.randint(0, 4, (2, 8, 9), generator=rng)
-    small[:, :2] = 255
-    labels = small.repeat_interleave(4, 1).repeat_interleave(4, 2)
-    means, classes = slow_class_means(features, logits, small, 3)
-    ours = losses.Centroids(4, 6).class_means(features, logits, labels, min_pixels=3)
-    assert ours[1].tolist() == classes
-    torch.testing.assert_close(ours[0], means)
-
-
 def test_padded_class_means_move_centroids_alike(rng):
     features = torch.randn(3, 6, 4, 4, generator=rng)
     logits = torch.randn(3, 5, 4, 4, generator=rng)
@@ -135,33 +111,6 @@ def test_move_is_one_row_after_the_other(rng, momentum):
             expected[k] = (1 - momentum) * expected[k] + momentum * mean
     centroids.move(means, classes)
     torch.testing.assert_close(centroids.vectors, expected)
-
-
-def test_accumulate_is_a_mean_until_the_cap_and_an_average_that_forgets_after_it(rng):
-    means = torch.randn(20, 3, generator=rng)
-    centroids = losses.Centroids(2, 3, cap=8)
-    centroids.accumulate(means[:8], torch.zeros(8, dtype=torch.long))
-    torch.testing.assert_close(centroids.vectors[0], means[:8].mean(0))
-    expected = means[:8].mean(0)
-    for mean in means[8:]:
-        expected = (expected * 8 + mean) / 9
-    centroids.accumulate(means[8:], torch.zeros(12, dtype=torch.long))
-    torch.testing.assert_close(centroids.vectors[0], expected)
-    assert centroids.counts.tolist() == [8, 0]
-    assert not centroids.vectors[1].any()
-
-
-def test_assign_is_the_equation(rng):
-    centroids = losses.Centroids(3, 4)
-    centroids.vectors.copy_(torch.randn(3, 4, generator=rng))
-    features = torch.randn(1, 4, 3, 5, generator=rng)
-    closeness = torch.zeros(1, 3, 3, 5)
-    for i in range(3):
-        for j in range(5):
-            away = [math.dist(features[0, :, i, j], rho) for rho in centroids.vectors]
-            closeness[0, :, i, j] = torch.tensor([-d for d in away]).softmax(0)
-    expected = F.interpolate(closeness, (9, 15), mode="bilinear", align_corners=True).argmax(1)
-    assert torch.equal(centroids.assign(features, (9, 15)), expected)
 
 
 def test_semantic_edges_are_where_a_neighbour_differs(rng):

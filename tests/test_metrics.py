@@ -77,11 +77,6 @@ def test_synthias_means_over_16_and_13_classes(maps):
     assert scores["miou_16"] != scores["miou"]
 
 
-def test_the_subsets_of_a_configuration_are_of_its_classes():
-    cfg = load_config(ROOT / "config.yaml", ['evaluation.subsets={"16": [road, sky]}'])
-    assert cfg.evaluation.subsets == {"16": ["road", "sky"]}
-
-
 def test_agreement_is_the_share_of_pixels_of_one_class_at_full_and_half_size(tmp_path):
     """On some images of unequal sizes, of a network in single precision."""
     rng = np.random.default_rng(0)

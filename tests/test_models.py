@@ -1,15 +1,16 @@
-"""Networks against torchvision's own, the teacher, batch-norm recalibration, foreign weights."""
+"""Networks against torchvision's own, the teacher, batch-norm recalibration, optimizers."""
 
 import copy
 
 import pytest
 import torch
 import torchvision
+from conftest import LONG
 from torch import nn
 
 import models
 from engine.config import UserError
-from translate_cyclegan import Discriminator, load_generator
+from translate_cyclegan import Discriminator
 
 
 def images(n=2, size=(65, 97)):
@@ -25,20 +26,20 @@ NETWORKS = ["resnet18", "resnet50", "mobilenet_v2", "deeplab_v2_resnet101"]
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("stride", [8, 16])
-def test_output_stride_and_normalisation(network, stride):
-    model = segmenter(network, stride).eval()
-    with torch.no_grad():
-        logits, features, _ = model(images(1, (64, 96)))
-        # a multiple of the stride, plus the one row that the ceil-mode pooling of DeepLab-V2 adds
-        extra = int(network.startswith("deeplab"))
-        assert logits.shape == (1, 5, 64 // stride + extra, 96 // stride + extra)
-        assert features.shape == (1, 32, *logits.shape[2:])
-        normalised = torchvision.transforms.functional.normalize(
-            images(1), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-        )
-        expected = model.head(model.backbone(normalised))
-        torch.testing.assert_close(model(images(1))[1], expected, rtol=1e-4, atol=1e-4)
+def test_output_stride_and_normalisation(network):
+    normalised = torchvision.transforms.functional.normalize(
+        images(1), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    )
+    for stride in (8, 16) if LONG or network != "deeplab_v2_resnet101" else (8,):
+        model = segmenter(network, stride).eval()
+        with torch.no_grad():
+            logits, features, _ = model(images(1, (64, 96)))
+            # a multiple of the stride, plus the row that the ceil-mode pooling of DeepLab-V2 adds
+            extra = int(network.startswith("deeplab"))
+            assert logits.shape == (1, 5, 64 // stride + extra, 96 // stride + extra)
+            assert features.shape == (1, 32, *logits.shape[2:])
+            expected = model.head(model.backbone(normalised))
+            torch.testing.assert_close(model(images(1))[1], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("stride", [8, 16])
@@ -89,15 +90,6 @@ def test_the_rate_of_a_transformer_decays_by_block():
     assert len(rate_of) == sum(1 for _ in model.parameters())
 
 
-@pytest.mark.parametrize("network", ["resnet18", "mobilenet_v2"])
-def test_imagenet_weights_from_a_file(network, tmp_path):
-    theirs = torchvision.models.get_model(network)
-    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
-    ours = segmenter(network, weights=str(tmp_path / "weights.pth"))
-    first = theirs.conv1 if network == "resnet18" else theirs.features[0][0]
-    assert torch.equal(next(ours.backbone.parameters()), first.weight)
-
-
 def test_weights_that_do_not_fit_are_named(tmp_path):
     state = torchvision.models.resnet18().state_dict()
     del state["layer1.0.conv1.weight"]
@@ -110,21 +102,6 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     torch.save(state | {"layer1.0.conv1.weight": torch.zeros(1)}, tmp_path / "weights.pth")
     with pytest.raises(UserError, match=r"layer1\.0\.conv1\.weight is \[1\], not \[64, 64, 3, 3\]"):
         segmenter(weights=str(tmp_path / "weights.pth"))
-
-
-class Payload:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (self.path, "w")
-
-
-def test_a_weights_file_that_would_run_code_is_refused(tmp_path):
-    torch.save({"a": Payload(str(tmp_path / "ran"))}, tmp_path / "weights.pth")
-    with pytest.raises(UserError, match="safe to load"):
-        segmenter(weights=str(tmp_path / "weights.pth"))
-    assert not (tmp_path / "ran").exists()
 
 
 def test_ema_moves_parameters_and_copies_buffers():
@@ -184,34 +161,6 @@ def test_recalibration_is_the_plain_average_over_the_batches():
 
 
 # ---------------------------------------------------------------- CycleGAN
-
-
-def test_a_published_generators_layout_loads(tmp_path):
-    """The keys and shapes of latest_net_G_A.pth, with the prefix and old statistics it may have."""
-    shapes = {"model.1": (64, 3, 7, 7), "model.4": (128, 64, 3, 3), "model.7": (256, 128, 3, 3)}
-    shapes |= {f"model.{10 + b}.conv_block.{c}": (256, 256, 3, 3) for b in range(9) for c in (1, 5)}
-    shapes |= {"model.19": (256, 128, 3, 3), "model.22": (128, 64, 3, 3), "model.26": (3, 64, 7, 7)}
-    generator = torch.Generator().manual_seed(0)
-    state = {}
-    for name, shape in shapes.items():
-        transposed = name in ("model.19", "model.22")
-        outputs = shape[1] if transposed else shape[0]
-        state[f"{name}.weight"] = torch.randn(shape, generator=generator) * 0.02
-        state[f"{name}.bias"] = torch.randn(outputs, generator=generator) * 0.02
-    torch.save(state, tmp_path / "plain.pth")
-    old = {f"module.{k}": v for k, v in state.items()}
-    old["module.model.2.running_mean"] = torch.zeros(64)
-    torch.save(old, tmp_path / "old.pth")
-    paths = (tmp_path / name for name in ("plain.pth", "old.pth"))
-    plain, prefixed = (load_generator(path).eval() for path in paths)
-    x = images(1, (32, 48))
-    with torch.no_grad():
-        assert torch.equal(plain(x), prefixed(x))
-        assert plain(x).shape == x.shape
-        assert 0 <= plain(x).min() <= plain(x).max() <= 1
-    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match=r"other\.pth: no CycleGAN"):
-        load_generator(tmp_path / "other.pth")
 
 
 def test_the_discriminator_judges_70x70_patches():

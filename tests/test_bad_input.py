@@ -1,0 +1,311 @@
+"""Files that cannot be used end a command with one line, exit code 2 and nothing finished lost."""
+
+import json
+import pickle
+import shutil
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import IDS, changed, files, killed_after, ok, picture, refused, save, state
+from PIL import Image
+
+PLAIN = ("warmup.crdomix=false", "warmup.distill=0", "warmup.steps=2", "bn_recalibrate=[source]")
+
+
+@pytest.fixture
+def check(run):
+    return lambda *more: run("tools.own_data", "--check", "selftrain.diagnose=false", *more)
+
+
+# ---------------------------------------------------------------- images and labels
+
+IMAGE, LABEL = Path("game/images/00003.png"), Path("game/labels/00003.png")
+
+
+def cut(path):
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def claim_60000_pixels(path):
+    data = bytearray(path.read_bytes())
+    data[16:24] = (60000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    path.write_bytes(data)
+
+
+def one_pixel():
+    save(IMAGE, np.zeros((1, 1, 3), np.uint8))
+    save(LABEL, np.full((1, 1), 7, np.uint8))
+
+
+def as_jpeg():
+    LABEL.unlink()
+    save(LABEL.with_suffix(".jpg"), picture(3)[1])
+
+
+def value_77():
+    label = picture(3)[1]
+    label[9, 9] = 77
+    save(LABEL, label)
+
+
+def all_ignored():
+    for i in range(6):
+        save(Path(f"game/labels/{i:05d}.png"), np.full((48, 64), i % 6, np.uint8))
+
+
+# what is done to the data -> parts of the line
+DAMAGES = {
+    "an image cut short": (lambda: cut(IMAGE), [IMAGE, "cut short"]),
+    "an image with a flipped bit": (lambda: flip(IMAGE), [IMAGE, "restore the file"]),
+    "an empty image": (lambda: IMAGE.write_bytes(b""), [IMAGE]),
+    "an image that is text": (lambda: IMAGE.write_text("no picture"), [IMAGE, "not an image"]),
+    "an image of 60000 x 60000": (lambda: claim_60000_pixels(IMAGE), [IMAGE, "too large"]),
+    "an image of one pixel": (one_pixel, [IMAGE, "is 1x1 pixels"]),
+    "two images of one name": (
+        lambda: save(IMAGE.with_suffix(".bmp"), picture(3)[0]), ["00003", "rename one"]
+    ),
+    "a label cut short": (lambda: cut(LABEL), [LABEL, "cut short"]),
+    "a label of text": (lambda: LABEL.write_text("no picture"), [LABEL, "not an image"]),
+    "a missing label": (LABEL.unlink, ["00003", "add it"]),
+    "a label of another size": (
+        lambda: save(LABEL, picture(3)[1][:-1]), [LABEL, "make them equal"]
+    ),
+    "an unknown value": (value_77, [LABEL, "the label value 77 has no class; add it to ids"]),
+    "a label in colours": (lambda: save(LABEL, picture(3)[0]), [LABEL, "convert it"]),
+    "a label in a JPEG": (as_jpeg, ["00003.jpg: is a JPEG", "PNG"]),
+    "labels without a class": (
+        all_ignored, ["source: no pixel of its labels belongs to a class", "source.ids"]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damaged_data_is_named_and_nothing_written(dataset, run, check, kind):
+    damage, parts = DAMAGES[kind]
+    damage()
+    refused(run("warmup", *PLAIN), *parts)
+    assert not (dataset / "runs").exists()
+    refused(check(), *parts)
+
+
+MISSING = {
+    "source.root=/nowhere": "no such folder of images; set source.root",
+    "val.split=test": "leftImg8bit/test: no such folder",
+    "val.split=empty": "holds no images",
+    "source.list=/nowhere.txt": "/nowhere.txt",
+    "source.list=names.txt": "names none.png",
+    "source.sizes=[[56,40],[64,48]]": "source.sizes = [56, 40] must be [height, width]",
+    "crop=[8,8]": "crop: [8, 8] pixels of 1 images",
+    "evaluation.scales=[0.05]": "evaluation.scales: [2, 3] pixels",
+}
+
+
+@pytest.mark.parametrize("override", MISSING)
+def test_a_missing_dataset_and_sizes_that_cannot_be(dataset, run, override):
+    Path("camera/leftImg8bit/empty").mkdir()
+    Path("names.txt").write_text("none.png\n")
+    more = ["crop=[32,32]"] if "sizes" in override else ["accumulate=2"]
+    refused(run("warmup", *PLAIN, "val_every=1", *more, override), MISSING[override])
+    assert not (dataset / "runs").exists()
+
+
+def many():
+    """Make the game's 6 images 520; return the numbers of those that are not checked first."""
+    for i in range(6, 520):
+        for part in ("images", "labels"):
+            Path(f"game/{part}/{i:05d}.png").symlink_to(f"{i % 6:05d}.png")
+    return set(range(6, 520)) - set(np.unique(np.linspace(0, 519, 256, dtype=int)).tolist())
+
+
+def test_what_the_check_before_training_leaves_out_is_found_in_training(process, check):
+    """By a process of the loader; and by the check of all files."""
+    for i in many():
+        path = Path(f"game/labels/{i:05d}.png")
+        path.unlink()
+        save(path, np.full((48, 64), 200, np.uint8))
+    options = ("warmup.crdomix=false", "warmup.steps=60", "workers=2")
+    refused(process("warmup", *options).end(), "the label value 200 has no class")
+    refused(check(), "the label value 200 has no class")
+
+
+def test_the_check_of_all_files_is_strict_with_a_jpeg(run, check):
+    """A JPEG of which a part is missing is still decoded, to other pixels."""
+    IMAGE.unlink()
+    data = bytearray(cv2.imencode(".jpg", picture(3)[0])[1].tobytes())
+    del data[len(data) // 2 : len(data) // 2 + 500]
+    IMAGE.with_suffix(".jpg").write_bytes(data)
+    refused(check(), "00003.jpg: is ", "restore the file")
+
+
+def test_what_is_odd_is_a_warning_with_the_figure(run, check):
+    for i in range(6):
+        label = picture(i)[1]
+        label[:40] = 0
+        label[label == IDS["car"]] = IDS["road"]
+        save(Path(f"game/labels/{i:05d}.png"), label)
+        save(Path(f"game/images/{i:05d}.png"), picture(i)[0].astype(np.uint16) * 16)
+    exif = Image.Exif()
+    exif[274] = 3
+    Image.fromarray(picture(0)[0]).save("camera/leftImg8bit/train/a/a_0_leftImg8bit.png", exif=exif)
+    code, _, err = run("warmup", *PLAIN)
+    again, _, more = check()  # a process says it once
+    assert (code, again) == (0, 0)
+    for part in (
+        "source: half of the images are nearly black",
+        "83.3% of the labels' pixels are ignored",
+        "none of 6 labels holds car, sky",
+        "target: 1 of 4 images have an EXIF orientation, which is not applied",
+    ):
+        assert part in err + more
+
+
+def test_data_after_a_picture_and_odd_profiles_are_no_fault(run, check):
+    for i in range(6):
+        path = Path(f"game/images/{i:05d}.png")
+        path.unlink()
+        good = cv2.imencode(".jpg", picture(i)[0])[1].tobytes()
+        path.with_suffix(".jpg").write_bytes(good + b"ftypmp42" * 1000)
+    image = Image.fromarray(picture(0)[0])
+    image.save("camera/leftImg8bit/train/a/a_0_leftImg8bit.png", icc_profile=b"none")
+    ok(check())
+    ok(run("warmup", *PLAIN, "bn_recalibrate=[source,target]"))
+
+
+def test_linked_folders_are_read_and_what_is_left_out_is_told(dataset, run, check):
+    for part in ("images", "labels"):
+        Path(f"game/{part}").rename(f"{part}_elsewhere")
+        Path(f"game/{part}").mkdir()
+        Path(f"game/{part}/linked").symlink_to(dataset / f"{part}_elsewhere")
+        save(Path(f"{part}_elsewhere/.ipynb_checkpoints/00000.png"), picture(0)[0])
+    Path("images_elsewhere/00001.heic").write_bytes(b"x")
+    save(Path("labels_elsewhere/99999.png"), picture(0)[1])
+    lines = ok(check()).splitlines()
+    assert lines[0].startswith("source: 6 images in ")
+    for part in ("1 hidden", "1 named *.heic", "1 labels without an image"):
+        assert part in lines[1], lines
+    ok(run("warmup", *PLAIN))
+
+
+# ---------------------------------------------------------------- checkpoints and other files
+
+
+class Trace:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_with_code_in_it_is_refused(dataset, run):
+    trace = dataset / "trace"
+    torch.save({"student": Trace(trace), "config": {}}, "bomb.pth")
+    Path("plain.pth").write_bytes(pickle.dumps(Trace(trace)))
+    for path in ("bomb.pth", "plain.pth"):
+        for command in (
+            ("evaluate", "--weights", path),
+            ("selftrain", "--init", path, "selftrain.crdomix=false"),
+            ("translate_cyclegan", f"translation.weights={path}"),
+            ("warmup", f"model.weights={path}", "warmup.crdomix=false"),
+        ):
+            refused(run(*command), path)
+            assert not trace.exists()
+    torch.load("bomb.pth", weights_only=False)
+    assert trace.exists()  # so it would have
+
+
+def test_weights_that_are_not_finite_are_refused(finished, run):
+    nan = lambda saved: saved["student"]["classifier.weight"].fill_(float("nan"))  # noqa: E731
+    changed(finished / "warmup.pth", nan)
+    for command in (("evaluate",), ("selftrain", "--force")):
+        refused(run(*command), "warmup.pth: is not finite in classifier.weight")
+
+
+UNFIT = [
+    lambda saved: saved.pop("optimizer"),
+    lambda saved: saved["student"].popitem(),
+    lambda saved: saved["optimizer"]["param_groups"].pop(),
+]
+
+
+@pytest.mark.parametrize("damage", UNFIT)
+def test_an_unfinished_checkpoint_of_another_version(dataset, run, template, damage):
+    path = dataset / "runs/test/warmup.unfinished.pth"
+    path.parent.mkdir(parents=True)
+    shutil.copy(template / "warmup.unfinished.pth", path)
+    changed(path, damage)
+    refused(run("warmup", "warmup.crdomix=false"), "unfinished.pth: does not fit this version")
+    path.unlink()
+    ok(run("warmup", "warmup.crdomix=false", "warmup.steps=1"))
+
+
+def test_other_inputs_are_noticed(finished, run):
+    ok(run("translate_cyclegan", "--force", "translation.cycle=5"))
+    for script in ("warmup", "selftrain"):
+        refused(run(script), "another translator.pth")
+    ok(run("warmup", "--force"))
+    changed(finished / "selftrain.pth", lambda saved: saved["inputs"].update(
+        {"translator.pth": state(finished / "warmup.pth")["inputs"]["translator.pth"]}
+    ))  # fmt: skip
+    refused(run("selftrain", "selftrain.rounds=1"), "another ")
+
+
+def test_half_written_logs_and_results(finished, run):
+    path, results = finished / "log.jsonl", finished / "results.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    ok(run("tools.report", finished))
+    ok(run("warmup", "--force", "warmup.steps=1"))
+    kept = whole[: whole[:-9].rfind(b"\n") + 1]
+    assert path.read_bytes().startswith(kept + b'{"stage": "warmup"')
+    results.write_bytes(results.read_bytes()[:-9])
+    refused(run("tools.report", finished), "results.json", "remove")
+    refused(run("evaluate"), "results.json", "remove")
+    (finished / "warmup.pth").write_bytes(b"")
+    refused(run("evaluate", "--weights", "warmup.pth"), "warmup.pth", "restore")
+
+
+# ---------------------------------------------------------------- names and paths
+
+
+@pytest.mark.parametrize("name", ["../out", "..", "/tmp/out", "a/b", "a\\b", "a b", ""])
+def test_a_name_does_not_lead_out_of_the_folder_of_runs(run, name):
+    refused(run("warmup", f"name={name!r}"))
+
+
+def test_paths_as_people_give_them(dataset, run, monkeypatch):
+    monkeypatch.setenv("HOME", str(dataset))
+    text = Path("test.yaml").read_text().replace("root: game", "root: ~/game")
+    Path("straße.yaml").write_text(text.replace("car:", "größe:"), encoding="utf-8")
+    more = ("source.ids={7: road, 23: sky, 26: größe, 0: null}", "val.root=~/camera", "output=~/ü")
+    ok(run("warmup", "--cfg", "straße.yaml", *PLAIN, *more))
+    assert (dataset / "ü/test/warmup.pth").is_file()
+    refused(run("evaluate", "--weights", "a\n\udcff.pth"), "a")
+    refused(run("warmup", *PLAIN, "output=test.yaml"), "test.yaml")
+
+
+def test_nothing_finished_is_lost_by_a_command_that_fails(finished, run):
+    before = {name: data for name, data in files(finished).items() if name.endswith(".pth")}
+    LABEL.rename("label.png")
+    refused(run("warmup", "--force"), "00003")
+    refused(run("selftrain", "--force", "--init", "none.pth"), "none.pth")
+    Path("label.png").rename(LABEL)
+    with killed_after(5):
+        run("warmup", "--force", "seed=5")
+    after = files(finished)
+    assert all(after[name] == data for name, data in before.items())
+    assert json.loads((finished / "results.json").read_text())
