@@ -27,7 +27,7 @@ import yaml
 from PIL import Image
 
 from engine.command import command
-from engine.run import Run
+from engine.loop import Run
 from settings import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -45,10 +45,8 @@ SIZE = (48, 64)
 CLASSES = {"road": [128, 64, 128], "car": [0, 0, 142], "sky": [70, 130, 180]}
 IDS = {"road": 7, "car": 26, "sky": 23}
 # the two stages that frame a result, as commands
-PLAIN = ("warmup.distill=0", "warmup.crdomix=false")
-SOURCE_ONLY = ("warmup", "--as", "source_only", *PLAIN, "bn_recalibrate=[source]")
-ORACLE = ("warmup", "--as", "oracle", *PLAIN, "bn_recalibrate=[target]")
-ORACLE = (*ORACLE, "warmup.labels_from=target")
+SOURCE_ONLY = ("tools.baselines", "--method", "source_only")
+ORACLE = ("tools.baselines", "--method", "oracle")
 
 
 def paletted_png(indices, palette, depth=8):
@@ -286,7 +284,7 @@ def template(tmp_path_factory):
             make_data(folder)
             main("translate_cyclegan")
             main(*SOURCE_ONLY)
-            main("warmup", "val_every=3", "pictures_every=4")
+            main("warmup", "pictures_every=4")
             main("selftrain")
             main(*ORACLE)
             main("evaluate", "--ids", "evaluation.scales=[1.0, 0.5]")

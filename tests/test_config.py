@@ -5,7 +5,8 @@ import yaml
 from conftest import ROOT, SHIPPED
 
 from engine.config import UserError
-from settings import classes, label_values, load_config
+from layouts import classes, label_values
+from settings import load_config
 
 PYTHON_TAG = "seed=!!python/object/apply:os.system ['touch /tmp/never']"
 

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import LONG, ROOT, SHIPPED, save
+from engine.run import Run
 from torch.overrides import TorchFunctionMode
 
 import metrics
 import selftrain
 import warmup
 from engine import kernels
-from engine.run import Run
-from settings import classes, load_config
+from layouts import classes
+from settings import load_config
 
 META = torch.device("meta")
 # a shipped configuration, and what makes its shapes quick to compute

@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 import torchvision
 from conftest import FORKS, LONG, files, into_files, log, same, same_networks, state
+from engine.run import Run
 from torch import nn
 
 import models
 from datasets import Images, Whole
 from engine import processes
 from engine.command import command
-from engine.run import Run
 from metrics import ConfusionMatrix, predictions
 from settings import load_config
 

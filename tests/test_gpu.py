@@ -8,11 +8,11 @@ import functools
 import pytest
 import torch
 from conftest import ok
+from engine.run import Run
 from torch import nn
 
 import selftrain
 import warmup
-from engine.run import Run
 
 DEVICE = "cuda"
 pytestmark = [

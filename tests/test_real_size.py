@@ -18,7 +18,8 @@ import pytest
 from conftest import LONG, ROOT, SHIPPED, log, save, state
 
 from engine.images import read_image, read_label
-from settings import classes, load_config
+from layouts import classes
+from settings import load_config
 
 pytestmark = pytest.mark.skipif(
     not LONG, reason="real sizes take hours and 16 GB of memory: set LONG=1"

@@ -12,7 +12,8 @@ import datasets
 import models
 from datasets import Images
 from engine import images
-from settings import classes, load_config
+from layouts import classes
+from settings import load_config
 
 CONFIGS = ROOT / "configs"
 TRAIN_IDS = {"road": 0, "car": 13, "sky": 10}

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Killed, log, ok, state
+from engine.run import Run
 
 import augment
 import losses
 import models
 from datasets import Crops, Images
 from engine.images import read_image, read_label
-from engine.run import Run
 
 pytestmark = pytest.mark.core
 IGNORED = 255
