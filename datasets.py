@@ -271,9 +271,8 @@ def _window(array, corner, extent):
 class Whole(Dataset):
     """Whole images in order, scaled to as many pixels as `size` (H, W) has, in their own shape.
 
-    size: None leaves them as they are. A sample: index; image (H, W, 3); shape, the (H, W) of the
-    file; label (H, W) at the file's size if the images are labelled. With `goes_on`, an image that
-    cannot be read is a sample of index and fault, a line.
+    A sample: index; image (H, W, 3); shape, the (H, W) of the file; label (H, W) at the file's size
+    if the images are labelled. With `goes_on`, what cannot be read has index and fault, a line.
     """
 
     def __init__(self, images, size=None, goes_on=False):
@@ -299,10 +298,7 @@ class Whole(Dataset):
 
 
 def loader(run, dataset, first=0, batch_size=None, shared=True):
-    """Return a DataLoader over the samples from `first` on, in order, loaded by cfg.workers.
-
-    shared: of N processes, each takes every N-th batch: no sample is left out or repeated.
-    """
+    """Return a DataLoader from sample `first` on; of N processes, each takes every N-th batch."""
     samples = np.arange(first, len(dataset))
     if shared:
         mine = (samples - first) // (batch_size or 1) % world() == rank()
@@ -324,10 +320,9 @@ def _set_up_worker(_):
 
 
 def recalibration_crops(cfg, batch, domains, **images):
-    """Return samples for batch norm's statistics: crops of all `domains`, without labels.
+    """Return a Dataset of crops for batch norm's statistics, dicts of all `domains`, or None.
 
-    images: domain -> Images, of domains that are read anyway. There are cfg.bn_images of each
-    domain. Returns a Dataset, whose samples are dicts, or None without domains.
+    images: domain -> Images, of domains that are read anyway; cfg.bn_images of each are taken.
     """
     steps = max(cfg.bn_images // sum(batch), 1)
     crops = {}

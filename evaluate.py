@@ -81,10 +81,7 @@ def configuration(args):
 
 
 class Video(Folder):
-    """The frames of a video file; fast where they are read in order.
-
-    rate: frames per second. Raises UserError for a file that OpenCV cannot play.
-    """
+    """The frames of a video file, `rate` a second; fast where they are read in order."""
 
     def __init__(self, path):
         self.path = Path(path)

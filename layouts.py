@@ -107,8 +107,7 @@ def matching(root, pattern):
 def find_pairs(spec, domain, labelled):
     """Return a dataset's folder of images, and image name -> path of its label, or None.
 
-    spec: cfg's section `domain`. The names are relative to the folder. Raises UserError without
-    images.
+    spec: cfg's section `domain`. The names are relative to the folder.
     """
     own = spec.layout
     pairs = LAYOUTS[own] if isinstance(own, str) else [(own["images"], own["labels"])]

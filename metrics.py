@@ -67,8 +67,7 @@ def at_scales(model, images, scales):
 def predictions(run, model, whole, scales):
     """Yield (sample, prediction, outputs) for this process's share of a datasets.Whole.
 
-    prediction: (H, W) int64 at the file's size. outputs: the model's, one tuple per scale. Both are
-    on the device.
+    prediction: (H, W) int64 at the file's size. outputs: the model's, one tuple per scale.
     """
     model.eval()
     for sample in progress(loader(run, whole), desc="predictions", unit="img", leave=False):

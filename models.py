@@ -72,10 +72,7 @@ class Head(nn.Module):
 
 
 def build_segmenter(network, num_classes, output_stride=8, channels=256, weights=None, auxiliary=0):
-    """Return a Segmenter by its name. Raises UserError where its weights are missing or do not fit.
-
-    For the arguments see `model` in config.yaml; with auxiliary=0 there is no auxiliary classifier.
-    """
+    """Return a Segmenter by the keys of `model` in config.yaml. Raises UserError."""
     if network.startswith("smp/"):
         backbone, head, classifier, divisor = _smp(network, num_classes, weights)
         deepest = backbone.out_channels[-1]
@@ -209,10 +206,7 @@ def build_optimizer(model, options):
 
 
 def set_learning_rate(optimizer, step, total, options):
-    """Set each group's rate to base (1 - step / total)^power; it rises linearly at the start.
-
-    options: cfg.optimizer; the rise takes its `warmup` steps.
-    """
+    """Set each rate to base (1 - step / total)^power, after a linear rise of `warmup` steps."""
     decay = (1 - step / total) ** options.power
     rise = min(1, (step + 1) / (options.warmup + 1))
     for group in optimizer.param_groups:
@@ -230,10 +224,7 @@ def make_teacher(student):
 
 @torch.no_grad()
 def ema_update(teacher, student, step, limit=0.999):
-    """Update theta_T <- alpha theta_T + (1 - alpha) theta_S, and copy the buffers of S.
-
-    alpha = min(1 - 1 / (step + 1), limit); steps count from 0.
-    """
+    """Update theta_T <- a theta_T + (1 - a) theta_S, a = min(1 - 1 / (step + 1), limit)."""
     alpha = min(1 - 1 / (step + 1), limit)
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - alpha)
     for dtype in {buffer.dtype for buffer in student.buffers()}:  # of one dtype: one kernel
@@ -243,10 +234,7 @@ def ema_update(teacher, student, step, limit=0.999):
 
 @torch.no_grad()
 def recalibrate_batchnorm(model, batches):
-    """Set batch norm's running statistics to their plain average over batches; end in eval mode.
-
-    batches: yield images (B, 3, H, W), the same in all processes.
-    """
+    """Set batch norm's running statistics to their plain average over batches of images."""
     model.eval()
     norms = _layers(model, nn.modules.batchnorm._BatchNorm)
     momenta = [norm.momentum for norm in norms]
@@ -265,10 +253,7 @@ def recalibrate_batchnorm(model, batches):
 
 
 class Predictor(nn.Module):
-    """Logits (B, K, H, W) for images (B, 3, H, W) in [0, 1]; class names; colours by class name.
-
-    size: the (H, W) of as many pixels as images should have, those of the training; None: any.
-    """
+    """Logits (B, K, H, W) for images (B, 3, H, W) in [0, 1]; class names, colours, `size`."""
 
     def __init__(self, network, colours, size=None):
         super().__init__()
@@ -293,10 +278,10 @@ def load(path):
 
 
 def load_segmenter(path, cfg=None, which="student", same_model=False):
-    """Return a checkpoint's student or teacher (None where it has none), its Config, its entries.
+    """Return a checkpoint's student or teacher (or None), its Config, its entries, or UserError.
 
-    Of the Config, `classes` and `model` are its own. Raises UserError, also where `cfg` has other
-    classes, or with `same_model` another model.
+    Of the Config, `classes` and `model` are its own; `cfg` must have the same classes, and with
+    `same_model` the same model.
     """
     saved = load_tensors(path)
     if not {"student", "config"} <= saved.keys():
@@ -338,10 +323,7 @@ def load_exactly(module, state, origin):
 
 
 def _load_backbone(model, network, weights):
-    """Load "imagenet", or a file in torchvision's layout.
-
-    The file may hold `mean` and `std` as well, of the images that it was trained with.
-    """
+    """Load "imagenet", or a file in torchvision's layout, with `mean` and `std` of its images."""
     if weights == "imagenet":
         import torchvision
 

@@ -89,10 +89,7 @@ def load_config(path, overrides=()):
 
 
 def load_saved(tree, overrides, origin):
-    """Return the Config of a tree, or of a YAML file, that a run of any release has written.
-
-    Newer keys have the values of config.yaml, keys that have gone are left out. Raises UserError.
-    """
+    """Return the Config of a tree, or of a YAML file, that a run of any release has written."""
     tree, defaults = tree if isinstance(tree, dict) else config.read(tree), config.read(DEFAULTS)
     known = {key: value for key, value in tree.items() if key in defaults}
     for key, section in known.items():

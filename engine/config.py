@@ -73,10 +73,7 @@ def one_line(value):
 
 
 def read(path, whole=(), above=()):
-    """Return the mapping in a YAML file, on top of that of the file that its `base:` names.
-
-    whole: keys whose mappings are one value. above: the files that led here. Raises UserError.
-    """
+    """Return the mapping in a YAML file on top of its `base:`; `whole` keys are one value."""
     path = Path(path)
     try:
         tree = parse(path.read_text(encoding="utf-8"), path)
@@ -134,10 +131,7 @@ def flat(tree, whole=(), prefix=""):
 
 
 def check(tree, example, rules, origin, prefix=""):
-    """Return the Config of a tree whose keys are the example's. Raises UserError.
-
-    rules: key.sub or key -> rule, where the example's type does not say what a value must be.
-    """
+    """Return a tree as a Config; the example's keys and types, and `rules`, must hold."""
     checked = Config()
     for key, default in example.items():
         if key not in tree:

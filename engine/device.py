@@ -16,10 +16,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def choose(name, precision):
-    """Return the device and the dtype that cfg.device and cfg.precision name. Raises UserError.
-
-    "auto": a GPU where there is one; the fastest dtype that it has.
-    """
+    """Return the device and the dtype of cfg.device and cfg.precision; auto: the fastest."""
     has_gpu = torch.cuda.is_available()
     if name == "cuda" and not has_gpu:
         raise UserError("device = cuda: PyTorch finds no GPU here; use device=auto or device=cpu")

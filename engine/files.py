@@ -75,10 +75,7 @@ def find(path, cfg):
 
 
 def require_same(path, saved, cfg, section, inputs):
-    """Raise UserError unless a checkpoint was made with this configuration and these inputs.
-
-    section: the only one that counts of those with `steps`. inputs: name -> a digest, or stamps.
-    """
+    """Raise UserError unless a checkpoint has this configuration, of `section`, and inputs."""
     old, new, changes = flat(saved.get("config", {})), flat(cfg), []
     for key, value in new.items():
         top = key.partition(".")[0]

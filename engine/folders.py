@@ -13,10 +13,7 @@ EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
 
 
 class Folder:
-    """The images below a folder, or one image; `names` are relative to `folder`, sorted.
-
-    Raises UserError where there are none.
-    """
+    """The images below a folder, or one image; `names` are relative to `folder`, sorted."""
 
     labelled = False
 
@@ -36,10 +33,7 @@ class Folder:
 
 
 class Aligned:
-    """Files that belong to images by their names: calling it with i reads the file for names[i].
-
-    remedy: what to do where one is missing. Raises UserError.
-    """
+    """Files that belong to images by their names: called with i, read the file for names[i]."""
 
     def __init__(self, folder, names, read, remedy):
         paths = {Path(name).with_suffix(""): Path(folder) / name for name in list_images(folder)}
@@ -53,11 +47,7 @@ class Aligned:
 
 
 def list_images(folder):
-    """Return the paths of all image files below a folder, relative to it, sorted.
-
-    Links are followed; hidden files are left out. Raises UserError where two images differ in their
-    extension only.
-    """
+    """Return the paths of all images below a folder, relative to it, sorted, or UserError."""
     names = {}
     for path, folders, files in os.walk(folder, followlinks=True):
         below = os.path.relpath(path, folder).replace(os.sep, "/")

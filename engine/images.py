@@ -34,8 +34,7 @@ def read_image(path):
 def read_label(path, coding="values"):
     """Return the values of a label file, (H, W) uint8 or uint16; of a paletted PNG its indices.
 
-    coding: "red": of a colour image, its red channel, where SYNTHIA has classes. "colours": return
-    the colours, RGB (H, W, 3) uint8. Raises UserError.
+    coding: "red": a colour image's red channel; "colours": its colours, RGB (H, W, 3) uint8.
     """
     data = _read(path)
     is_png = data.startswith(PNG_SIGNATURE)
@@ -76,14 +75,14 @@ def _read(path):
 
 def _decode(path, data, flags=None):
     """Decode with OpenCV or, without its flags, with Pillow. Raises UserError."""
-    image, small = None, "is too small for a network"
+    image = None
     with contextlib.suppress(Exception):  # cv2.error; Pillow raises a dozen types
         if flags is None:
             image = np.array(Image.open(io.BytesIO(data)))
         else:
             image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     if image is None or min(image.shape[:2]) < 8:
-        fault = "is broken, empty, too large, or not an image" if image is None else small
+        fault = "is broken, empty, too large, too small, or not an image"
         raise UserError(f"{path}: {fault}; restore the file or remove it")
     return image
 

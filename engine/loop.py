@@ -45,8 +45,7 @@ class Checkpoints:
     def is_finished(self, force, inputs=()):
         """Lock the run's folder; return whether the stage's result is there. Raises UserError.
 
-        inputs: files of earlier stages, and datasets.Images. force: make a result that replaces it
-        once it is finished.
+        inputs: files of earlier stages, datasets.Images. force: replace the result in the end.
         """
         self.force = force
         return processes.decided_by_first(lambda: self._look(inputs))

@@ -82,10 +82,7 @@ def decided_by_first(decide):
 
 
 def parallel(network, has_unused):
-    """Return the network whose gradients are averaged over all processes in the backward pass.
-
-    has_unused: whether it has parameters that no output depends on.
-    """
+    """Return the network whose gradients are averaged over all processes; see DDP."""
     if world() == 1:
         return network
     # no buffers: GPUs share their batch norm, and a CPU's statistics are made anew in the end
