@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import os
 import signal
 import zlib
 from pathlib import Path
@@ -16,11 +17,10 @@ from engine.files import write_text
 from engine.folders import (
     Aligned,
     Folder,
-    require_same_size,
     warn,
 )
 from engine.images import read_image, read_label, resize, resize_pixels, size_of, threads
-from engine.processes import decided_by_first, loader_workers, rank, world
+from engine.processes import decided_by_first, rank, world
 from layouts import classes, find_pairs, label_values, narrow
 
 IGNORED, NO_CLASS = 255, 254
@@ -73,10 +73,7 @@ class Images(Folder):
         return "\n".join(f"{path.name} {x.st_size} {x.st_mtime:.0f}" for path, x in found)
 
     def check(self):
-        """Return self. Raises UserError for what is wrong in the sizes of all files, in 256 files.
-
-        A list of the images whose labels have their size is written, for `list`.
-        """
+        """Return self. Raises UserError for wrong sizes in any file, other faults in 256 files."""
         odd = {}
         labelled = range(len(self)) if self.labelled else ()
         for name, sizes in zip(self.names, threads.map(self._sizes, labelled), strict=False):
@@ -144,6 +141,13 @@ class Images(Folder):
             fault = f"the label value {values[label == NO_CLASS][0]} has no class"
             raise UserError(f"{self.label_paths[i]}: {fault}; add it to ids (null: ignored)")
         return label
+
+
+def require_same_size(path, array, image_path, image):
+    """Raise UserError unless two arrays have one height and width."""
+    if array.shape[:2] != image.shape[:2]:
+        sizes = "{1}x{0}, but {3}x{2}".format(*array.shape[:2], *image.shape[:2])
+        raise UserError(f"{path}: is {sizes} is the size of {image_path}; make them equal")
 
 
 def translated_images(cfg, source):
@@ -299,6 +303,10 @@ class Whole(Dataset):
 
 def loader(run, dataset, first=0, batch_size=None, shared=True):
     """Return a DataLoader from sample `first` on; of N processes, each takes every N-th batch."""
+    workers = run.cfg.workers
+    if workers == "auto":  # at most 8: a GPU's steps use up what 3 cores load
+        share = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = min(max(share, 1), 8)
     samples = np.arange(first, len(dataset))
     if shared:
         mine = (samples - first) // (batch_size or 1) % world() == rank()
@@ -307,7 +315,7 @@ def loader(run, dataset, first=0, batch_size=None, shared=True):
         dataset,
         batch_size,
         sampler=samples.tolist(),
-        num_workers=loader_workers(run.cfg.workers),
+        num_workers=workers,
         pin_memory=run.device.type == "cuda",
         worker_init_fn=_set_up_worker,
     )

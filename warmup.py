@@ -25,8 +25,12 @@ def main():
     cfg = load_config(args.cfg, args.overrides)
     run, init = Run(cfg, "warmup", "warmup"), args.init and find(args.init, cfg)
     source = Images(cfg, "source", labelled=True)
-    inputs = [source, run.folder / "translator.pth"] if cfg.warmup.crdomix else [source]
-    if not run.is_finished(args.force, [*inputs, init] if init else inputs):
+    inputs = [source]
+    if cfg.warmup.crdomix:
+        inputs.append(run.folder / "translator.pth")
+    if init:
+        inputs.append(init)
+    if not run.is_finished(args.force, inputs):
         train(run, init, source.check())
 
 

@@ -64,13 +64,6 @@ def list_images(folder):
     return sorted(names.values())
 
 
-def require_same_size(path, array, image_path, image):
-    """Raise UserError unless two arrays have one height and width."""
-    if array.shape[:2] != image.shape[:2]:
-        sizes = "{1}x{0}, but {3}x{2}".format(*array.shape[:2], *image.shape[:2])
-        raise UserError(f"{path}: is {sizes} is the size of {image_path}; make them equal")
-
-
 @functools.cache
 def warn(line):
     """Write a warning on stderr, once."""

@@ -70,10 +70,7 @@ class Checkpoints:
         return finished
 
     def resume(self, **state):
-        """Load the unfinished checkpoint into `state`; return whether there was one.
-
-        state: name -> what has a state_dict; checkpoints hold it. Raises UserError.
-        """
+        """Load the unfinished checkpoint into `state`, name -> part; return if there was one."""
         self.state = state | {"scaler": self.scaler}
         if not self.unfinished.exists():
             return False

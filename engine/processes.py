@@ -27,13 +27,6 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def loader_workers(asked):
-    """Return the number of DataLoader workers; "auto" is this process's share of the cores."""
-    share = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    # at most 8, for a GPU's steps use up what 3 cores load (docs/performance.md)
-    return min(max(share, 1), 8) if asked == "auto" else asked
-
-
 def sum_over_processes(tensor):
     """Return the sum of all processes' tensors."""
     if world() > 1:
