@@ -24,7 +24,7 @@ from engine.processes import decided_by_first, rank, world
 from layouts import classes, find_pairs, label_values, narrow
 
 IGNORED, NO_CLASS = 255, 254
-CODE = np.array([65536, 256, 1], np.int32)  # of a colour: its place in a table
+CODE = np.array([1, 256, 65536])  # of a colour (r, g, b): its place in a table
 
 
 class Images(Folder):
@@ -134,7 +134,8 @@ class Images(Folder):
     def to_classes(self, values, i):
         """Return the classes of values of label i, or of a part of them."""
         if self.coding == "colours":
-            return self.table[np.dot(values.astype(np.int32), CODE)]
+            codes = cv2.cvtColor(values, cv2.COLOR_RGB2RGBA).view("<u4")[..., 0] & 0xFFFFFF
+            return self.table.take(codes)
         is_small = values.dtype == np.uint8
         label = cv2.LUT(values, self.table[:256]) if is_small else self.table[values]
         if (label == NO_CLASS).any():

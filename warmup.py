@@ -26,6 +26,8 @@ def main():
     run, init = Run(cfg, "warmup", "warmup"), args.init and find(args.init, cfg)
     source = Images(cfg, "source", labelled=True)
     inputs = [source]
+    if "target" in cfg.bn_recalibrate:
+        inputs.append(Images(cfg, "target", labelled=False))
     if cfg.warmup.crdomix:
         inputs.append(run.folder / "translator.pth")
     if init:
