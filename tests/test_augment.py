@@ -35,9 +35,9 @@ def torchvision_view(image, draws, beta):
 
 def test_strong_view_is_torchvisions_image_by_image():
     n = 64
-    x, draws = images(n), draws_of(n)[:, :8]
+    x, draws = images(n), draws_of(n)
     ours = augment.strong_view(x, draws, beta=0.4)
-    pairs = zip(x, draws, strict=True)
+    pairs = zip(x, draws[:, :8], strict=True)
     theirs = torch.stack([torchvision_view(image, d, 0.4) for image, d in pairs])
     # torchvision leaves the outermost pixels as they are when it sharpens
     torch.testing.assert_close(ours[..., 1:-1, 1:-1], theirs[..., 1:-1, 1:-1], rtol=0, atol=2e-6)
@@ -45,7 +45,7 @@ def test_strong_view_is_torchvisions_image_by_image():
 
 @pytest.mark.parametrize("beta", [0.0, 1.0])
 def test_beta_is_the_share_of_the_augmented_image(beta):
-    x, draws = images(), draws_of()[:, :8]
+    x, draws = images(), draws_of()
     full = augment.strong_view(x, draws, 1.0)
     assert not torch.equal(full, x)
     assert torch.equal(augment.strong_view(x, draws, beta), full if beta else x)
@@ -77,7 +77,7 @@ def test_crdomix_takes_chosen_classes_from_the_strong_view_and_the_rest_from_the
     x, translated, draws = images(), images().flip(0), draws_of()
     labels = torch.randint(0, 5, (6, 20, 24), generator=torch.Generator().manual_seed(4))
     labels[:, :3] = 255
-    strong = augment.strong_view(x, draws[:, :8], 0.4)
+    strong = augment.strong_view(x, draws, 0.4)
     mixed = augment.cross_domain_mix(x, labels, translated, draws, 0.4)
     for b in range(6):
         chosen = augment.choose_classes(labels, draws[:, 8:264])[b]
@@ -90,11 +90,13 @@ def test_crdomix_takes_chosen_classes_from_the_strong_view_and_the_rest_from_the
 
 def test_class_mix_pastes_the_weak_source_and_its_labels():
     x, target, draws = images(), images().flip(0), (draws_of(), draws_of().flip(1))
+    shares = torch.rand(6, 20, 24)
     g = torch.Generator().manual_seed(5)
     labels, target_labels = (torch.randint(0, 5, (6, 20, 24), generator=g) for _ in range(2))
-    mixed, mixed_labels, where = augment.class_mix(x, labels, target, target_labels, draws, 0.3)
+    pair = (x, labels, draws[0]), (target, target_labels, shares, draws[1])
+    mixed, mixed_labels, weights = augment.class_mix(*pair, 0.3)
     mask = augment.class_mask(labels, augment.choose_classes(labels, draws[0][:, 264:]))
-    strong = augment.strong_view(target, draws[1][:, :8], 0.3)
-    assert torch.equal(where, mask)
+    strong = augment.strong_view(target, draws[1], 0.3)
+    assert torch.equal(weights, torch.where(mask[:, 0], torch.ones(()), shares))
     assert torch.equal(mixed, mask * x + ~mask * strong)
     assert torch.equal(mixed_labels, torch.where(mask[:, 0], labels, target_labels))

@@ -80,24 +80,28 @@ def test_symmetric_distillation_is_the_equation(rng, kappa):
     weak_to_strong = (h(teacher[0], student[2]) + h(teacher[1], student[3])) / 2
     strong_to_weak = (h(teacher[2], student[0]) + h(teacher[3], student[1])) / 2
     expected = weak_to_strong + kappa * strong_to_weak
-    ours = losses.symmetric_distillation(student, teacher, kappa)
+    ours = losses.symmetric_distillation(student.split(2), teacher.split(2), kappa)
     assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_padded_class_means_move_centroids_alike(rng):
+def test_class_means_are_rows_of_each_image_and_class_255_is_skipped(rng):
     features = torch.randn(3, 6, 4, 4, generator=rng)
     logits = torch.randn(3, 5, 4, 4, generator=rng)
-    start = torch.randn(5, 6, generator=rng)
-    one, other = losses.Centroids(5, 6, momentum=0.1), losses.Centroids(5, 6, momentum=0.1)
-    one.vectors.copy_(start)
-    other.vectors.copy_(start)
-    one.move(*one.class_means(features, logits, min_pixels=4))
-    means, classes = other.class_means(features, logits, min_pixels=4, padded=True)
-    other.move(means, classes)
-    assert len(classes) == 15
-    assert 255 in classes
-    torch.testing.assert_close(one.vectors, other.vectors)
-    assert not torch.equal(one.vectors, start)
+    centroids = losses.Centroids(5, 6, cap=2)
+    means, classes = centroids.class_means(features, logits, min_pixels=4)
+    expected, counts = torch.zeros(5, 6), [0] * 5
+    for row, (b, k) in enumerate(itertools.product(range(3), range(5))):
+        member = logits[b].argmax(0) == k
+        assert classes[row] == (k if member.sum() >= 4 else 255)
+        if classes[row] != 255:
+            mean = features[b][:, member].mean(1)
+            torch.testing.assert_close(means[row], mean)
+            expected[k] += (mean - expected[k]) / (counts[k] + 1)
+            counts[k] = min(counts[k] + 1, 2)
+    assert {*range(5), 255} == {*classes.tolist()}
+    centroids.accumulate(means, classes)
+    torch.testing.assert_close(centroids.vectors, expected)
+    assert centroids.counts.tolist() == counts
 
 
 @pytest.mark.parametrize("momentum", [1e-4, 0.3, 1.0])
