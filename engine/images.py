@@ -60,7 +60,7 @@ def size_of(path):
     """Return (width, height) by a file's header, as EXIF turns it; None where Pillow has none."""
     try:
         with Image.open(path) as image:
-            turned = image.format == "JPEG" and image.getexif().get(274, 1) > 4  # orientation
+            turned = "exif" in image.info and image.getexif().get(274, 1) > 4  # orientation
             return image.size[::-1] if turned else image.size
     except Exception:  # it is read, and judged, by others
         return None
