@@ -1,6 +1,7 @@
 """A script's command line and its end: foreseeable failures are one line and an exit code."""
 
 import argparse
+import multiprocessing
 import runpy
 import sys
 from pathlib import Path
@@ -42,6 +43,8 @@ def command(main):
                 sys.exit(tell(remedy, 2))
         raise
     finally:
+        for worker in multiprocessing.active_children():  # a loader's ignores Python's SIGTERM
+            worker.kill()
         files.unlock_all()
         if dist.is_initialized():
             dist.destroy_process_group()
