@@ -235,15 +235,12 @@ def read_results(path):
 
 def values_of(prediction, cfg):
     """Return a prediction (H, W) uint8 as label values, or colours, of cfg.val, else cfg.source."""
-    lookup = np.zeros(256, np.uint16)
-    spec = cfg.val if cfg.val.root else cfg.source
-    meanings = label_values(spec.ids, classes(cfg))
-    if any(isinstance(value, tuple) for value in meanings):
-        lookup = np.zeros((256, 3), np.uint8)
+    meanings = label_values((cfg.val if cfg.val.root else cfg.source).ids, classes(cfg))
+    has_colours = any(isinstance(value, tuple) for value in meanings)
+    lookup = np.zeros((256, 3) if has_colours else 256, np.uint16)
     for value, k in sorted(meanings.items(), reverse=True):
         lookup[k] = value  # at last a class's smallest value
-    values = lookup[prediction]
-    return values.astype(np.uint8) if lookup.max() < 256 else values
+    return lookup[prediction].astype(np.uint8 if lookup.max() < 256 else np.uint16)
 
 
 def table(results, names):

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import numpy as np
+
 from engine.config import UserError, one_line
 from engine.folders import EXTENSIONS, list_images
 
@@ -40,8 +42,8 @@ def classes(cfg):
 
 
 # ids -> all label values; the column of CITYSCAPES with those that are not ignored
-NAMED_IDS = {"cityscapes": ([*range(35), 255], 1), "synthia": (range(23), 2)}
-NAMED_IDS["mapillary"] = (range(66), 3)
+KNOWN = [*range(35), 255]
+NAMED_IDS = {"cityscapes": (KNOWN, 1), "synthia": (range(23), 2), "mapillary": (range(66), 3)}
 
 
 def label_values(ids, classes):
@@ -59,8 +61,7 @@ def label_values(ids, classes):
         values, column = NAMED_IDS[ids]
         own = dict.fromkeys(values)
         for name, row in CITYSCAPES.items():
-            values = row[column] if isinstance(row[column], tuple) else [row[column]]
-            own |= dict.fromkeys(values, name)
+            own |= dict.fromkeys(np.ravel(row[column]).tolist(), name)
     else:
         own = ids
     number_of = {name: k for k, name in enumerate(classes)}

@@ -57,9 +57,11 @@ def at_scales(model, images, scales):
     """Return the model's outputs for images (B, 3, H, W) scaled by each factor, as a list."""
     outputs = []
     for scale in scales:
-        size = [max(round(side * scale), 1) for side in images.shape[-2:]]
-        scaled = F.interpolate(images, size, mode="bilinear", antialias=True)
-        outputs.append(model(images if scale == 1 else scaled))
+        scaled = images
+        if scale != 1:
+            size = [max(round(side * scale), 1) for side in images.shape[-2:]]
+            scaled = F.interpolate(images, size, mode="bilinear", antialias=True)
+        outputs.append(model(scaled))
     return outputs
 
 

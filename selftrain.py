@@ -58,41 +58,30 @@ def main():
 
 def train(run, init, folder, source, target):
     """Run one round from the network in the file `init`; probability labels go to `folder`."""
-    cfg, options, total = run.cfg, run.cfg.selftrain, run.cfg.selftrain.steps
-    n, names = micro_batch_size(cfg, "selftrain"), classes(cfg)
+    cfg = run.cfg
+    options = cfg.selftrain
+    total = options.steps
+    n = micro_batch_size(cfg, "selftrain")
+    names = classes(cfg)
 
     # data
     aligned = {"translated": translated_images(cfg, source)} if options.crdomix else {}
-    batch, rare = options.batch, cfg.rare_classes
+    batch = options.batch
+    rare = cfg.rare_classes
     source_crops = Crops(cfg, run.stage, "source", source, batch, total, rare=rare, aligned=aligned)
     both = {"source": source, "target": target}
     recalibration = recalibration_crops(cfg, batch, cfg.bn_recalibrate, **both)
 
     # student, teacher, optimizer, centroids
-    student = run.place(models.load_segmenter(init, cfg, same_model=True)[0])
+    student = models.load_segmenter(init, cfg, same_model=True)[0]
+    student = run.place(student)
     teacher = models.make_teacher(student)
     optimizer = models.build_optimizer(student, cfg.optimizer)
     centroids = Centroids(len(names), student.channels, options.momentum).to(run.device)
     state = {"student": student, "teacher": teacher, "optimizer": optimizer}
-
-    # probability labels and first centroids, fixed before the round's training begins
     if not run.resume(**state, centroids=centroids):
-        class_means = ()
-        if options.labels != "online" or options.centroids == "target":
-            class_means = label_target(run, student, target.unlabelled(), centroids, folder)
-        if options.centroids == "crdomix":
-            of_source = class_means_of_source(run, student, source, aligned, centroids)
-            class_means = itertools.chain(class_means, of_source)
-        for means, found in in_batch_order(class_means):
-            centroids.accumulate(means.to(run.device), found)
-        student.train()
-        run.save_unfinished(0)
-    aligned = {"truth": target.label} if options.diagnose else {}
-    if options.labels != "online":
-        remedy = "give --force to make pseudo-labels anew"
-        aligned["pseudo"] = Aligned(folder, target.names, read_label, remedy)
-    target = target.unlabelled()
-    target_crops = Crops(cfg, run.stage, "target", target, batch, total, aligned=aligned)
+        begin_round(run, student, centroids, source, target.unlabelled(), aligned, folder)
+    target_crops = crops_of_target(run, target, folder)
 
     # training
     network = run.parallel(student)
@@ -102,20 +91,25 @@ def train(run, init, folder, source, target):
     for step, parts in run.steps(batches, total):
         models.set_learning_rate(optimizer, step, total, cfg.optimizer)
         models.ema_update(teacher, student, step, cfg.ema_limit)
-        target_means, source_means = [], []
+        target_means = []
+        source_means = []
         for batch in parts:
-            of_source, of_target = batch["source"], batch["target"]
-            x_s, y_s, x_t = of_source["image"], of_source["label"], of_target["image"]
-            draws, target_draws = of_source["draws"], of_target["draws"]
-            translated, size = of_source.get("translated"), y_s.shape[-2:]
+            # views: x_s and x_t are weak ones, x_cdm the strong one of the source
+            x_s, y_s, draws = map(batch["source"].get, ("image", "label", "draws"))
+            x_t, stored, target_draws = map(batch["target"].get, ("image", "pseudo", "draws"))
+            translated = batch["source"].get("translated")
             x_cdm = cross_domain_mix(x_s, y_s, translated, draws, options.strong)
+            size = y_s.shape[-2:]
 
-            # the teacher's features of the weak target view give the feature labels
+            # the teacher comes first, while the student's activations do not take memory yet
             with torch.no_grad(), run.autocast():
-                outputs = teacher(torch.cat([x_s, x_cdm, x_t]))
-            (t_s, t_cdm, t_t), (_, f_cdm, f_t) = (maps.split(n) for maps in outputs[:2])
+                logits, features, _ = teacher(torch.cat([x_s, x_cdm, x_t]))
+            t_s, t_cdm, t_t = logits.split(n)
+            _, f_cdm, f_t = features.split(n)
+
+            # consensus of probability labels and feature labels
+            y_p, w_t = weighted_labels(run, stored, t_t, size)
             y_f = centroids.assign(f_t, size)
-            y_p, w_t = weighted_labels(run, of_target.get("pseudo"), t_t, size)
             single = {"probability": y_p, "feature": y_f}
             y_t = single.get(options.labels, bilateral_consensus(y_p, y_f))
 
@@ -126,36 +120,63 @@ def train(run, init, folder, source, target):
             else:
                 x_mix, y_mix, w_mix = strong_view(x_t, target_draws, options.strong), y_t, w_t
 
+            # losses: labels are for the weak view, both views learn from the teacher
             with run.autocast():
                 logits, _, auxiliary = network(torch.cat([x_s, x_cdm, x_mix]))
             z_s, z_cdm, z_mix = logits.split(n)
             ce = supervised(z_s, y_s)
             ce_mix = supervised(z_mix, y_mix, w_mix)
             if auxiliary is not None:
-                a_s, _, a_mix = auxiliary.split(n)
-                ce = ce + cfg.model.auxiliary * supervised(a_s, y_s)
-                ce_mix = ce_mix + cfg.model.auxiliary * supervised(a_mix, y_mix, w_mix)
+                ce = ce + cfg.model.auxiliary * supervised(auxiliary[:n], y_s)
+                of_mix = supervised(auxiliary[2 * n :], y_mix, w_mix)
+                ce_mix = ce_mix + cfg.model.auxiliary * of_mix
             kappa = options.strong_to_weak
             kd = symmetric_distillation((z_s, z_cdm), (t_s, t_cdm), kappa, size)
             loss = ce + ce_mix + options.distill * kd
             run.backward(loss)
             run.log(loss=loss, ce=ce, ce_mix=ce_mix, kd=kd, kept=(y_t != 255).float().mean())
+            if options.diagnose:
+                diagnose(run, y_p, y_t, batch["target"]["truth"])
 
-            # centroids move with the target first, then with the source
             target_means.append(centroids.class_means(f_t, t_t, y_t))
             source_means.append(centroids.class_means(f_cdm, t_cdm, y_s))
-            if options.diagnose:
-                diagnose(run, y_p, y_t, of_target["truth"])
 
         run.update(optimizer)
+        # centroids move with the target first, then with the source
         for means, found in target_means + source_means:
             centroids.move(all_gather_rows(means), all_gather_rows(found))
         if run.shows:
             pictures = {"target_image": x_t, "probability_labels": y_p, "feature_labels": y_f}
             pictures |= {"pseudo_labels": y_t, "mixed_image": x_mix, "mixed_labels": y_mix}
-            run.show(names, **pictures, truth=of_target.get("truth"))
+            run.show(names, **pictures, truth=batch["target"].get("truth"))
 
     finish(run, recalibration, student, teacher)
+
+
+def begin_round(run, model, centroids, source, target, aligned, folder):
+    """Write the probability labels to `folder` and take the first centroids; save both."""
+    options = run.cfg.selftrain
+    class_means = ()
+    if options.labels != "online" or options.centroids == "target":
+        class_means = label_target(run, model, target, centroids, folder)
+    if options.centroids == "crdomix":
+        of_source = class_means_of_source(run, model, source, aligned, centroids)
+        class_means = itertools.chain(class_means, of_source)
+    for means, found in in_batch_order(class_means):
+        centroids.accumulate(means.to(run.device), found)
+    model.train()
+    run.save_unfinished(0)
+
+
+def crops_of_target(run, target, folder):
+    """Return the target's crops, with the probability labels and the truth where they are read."""
+    options = run.cfg.selftrain
+    aligned = {"truth": target.label} if options.diagnose else {}
+    if options.labels != "online":
+        remedy = "give --force to make pseudo-labels anew"
+        aligned["pseudo"] = Aligned(folder, target.names, read_label, remedy)
+    given = target.unlabelled(), options.batch, options.steps
+    return Crops(run.cfg, run.stage, "target", *given, aligned=aligned)
 
 
 def weighted_labels(run, stored, logits, size):
@@ -189,13 +210,14 @@ def label_target(run, model, target, centroids, folder):
 @torch.no_grad()
 def class_means_of_source(run, model, source, aligned, centroids):
     """Yield the class means of x_cdm, a batch at a time, on one crop of every source image."""
-    cfg, options, model = run.cfg, run.cfg.selftrain, model.eval()
+    options = run.cfg.selftrain
+    model.eval()
     steps = math.ceil(len(source) / sum(options.batch))
-    stage = f"{run.stage} centroids"
-    crops = Crops(cfg, stage, "source", source, options.batch, steps, aligned=aligned)
+    given = "source", source, options.batch, steps
+    crops = Crops(run.cfg, f"{run.stage} centroids", *given, aligned=aligned)
     for batch in map(run.fetch, loader(run, crops, 0, crops.batch_size)):
-        x_s, y_s, translated = batch["image"], batch["label"], batch.get("translated")
-        x_cdm = cross_domain_mix(x_s, y_s, translated, batch["draws"], options.strong)
+        x_s, y_s, draws = map(batch.get, ("image", "label", "draws"))
+        x_cdm = cross_domain_mix(x_s, y_s, batch.get("translated"), draws, options.strong)
         with run.autocast():
             logits, features, _ = model(x_cdm)
         yield centroids.class_means(features, logits, y_s)

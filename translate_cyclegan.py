@@ -49,8 +49,11 @@ def main():
 
 
 def train(run, source, target):
-    cfg, options, total = run.cfg, run.cfg.translation, run.cfg.translation.steps
-    n, batch_size = micro_batch_size(cfg, "translation"), sum(options.batch)
+    cfg = run.cfg
+    options = cfg.translation
+    total = options.steps
+    n = micro_batch_size(cfg, "translation")
+    batch_size = sum(options.batch)
 
     # data
     images = {"source": source, "target": target}
@@ -80,7 +83,8 @@ def train(run, source, target):
             group["lr"] = options.lr * min(1, 2 * (1 - step / total))
         places = torch.randint(2 * POOL, (2, batch_size))  # in the pools; the same in all processes
         for k, batch in enumerate(parts):
-            source, labels = batch["source"]["image"], batch["source"]["label"]
+            source = batch["source"]["image"]
+            labels = batch["source"]["label"]
             target = batch["target"]["image"]
 
             # the generators: into the other domain, back, and their own domain as it is
@@ -88,7 +92,8 @@ def train(run, source, target):
             with run.autocast():
                 fake_target, same_target = to_target(torch.cat([source, target])).chunk(2)
                 fake_source, same_source = to_source(torch.cat([target, source])).chunk(2)
-                cycled_source, cycled_target = to_source(fake_target), to_target(fake_source)
+                cycled_source = to_source(fake_target)
+                cycled_target = to_target(fake_source)
                 adversarial = least_squares(is_target(fake_target), 1)
                 adversarial = adversarial + least_squares(is_source(fake_source), 1)
             cycle = distance(cycled_source, source) + distance(cycled_target, target)
@@ -129,18 +134,17 @@ def write(run, generator, source, folder, made):
     """
     paths = [(folder / name).with_suffix(".jpg") for name in source.names]
 
-    def is_old(path, name):
-        newest = max(made, (source.folder / name).stat().st_mtime)
-        return not path.exists() or path.stat().st_mtime < newest
+    def is_old(i):
+        newest = max(made, (source.folder / source.names[i]).stat().st_mtime)
+        return not paths[i].exists() or paths[i].stat().st_mtime < newest
 
-    def choose():
-        return [i for i, path in enumerate(paths) if is_old(path, source.names[i])]
-
-    todo = decided_by_first(choose)  # before another process writes one of them
+    # before another process writes one of them
+    todo = decided_by_first(lambda: [i for i in range(len(source)) if is_old(i)])
     images = loader(run, Subset(Whole(source), todo))
     with image_writer() as write_image:
         for sample in progress(images, desc="translated", unit="img"):
-            image, (height, width) = run.fetch(sample["image"][None]), sample["shape"]
+            image = run.fetch(sample["image"][None])
+            height, width = sample["shape"]
             image = F.pad(image, (0, -width % 4, 0, -height % 4), mode="reflect")
             with run.autocast():
                 image = generator(image)
@@ -171,8 +175,9 @@ class Pool(nn.Module):
 
         number: how many images came before, in all processes. places: (batch,) integers, drawn.
         """
-        answer, images, size = [], all_gather_rows(images), len(images)
-        for n, image in enumerate(images, number):
+        answer = []
+        size = len(images)
+        for n, image in enumerate(all_gather_rows(images), number):
             place = n if n < POOL else int(places[n % len(places)])
             swapped = n >= POOL and place < POOL
             answer.append(self.images[place].clone() if swapped else image)

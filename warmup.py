@@ -4,6 +4,7 @@ python warmup.py --cfg config.yaml
 """
 
 import torch
+from torch.utils.data import StackDataset
 
 import models
 from augment import cross_domain_mix
@@ -38,20 +39,25 @@ def main():
 
 def train(run, init, source):
     """Train from the network in the file `init`, or from model.weights (None)."""
-    cfg, options, total = run.cfg, run.cfg.warmup, run.cfg.warmup.steps
-    n, names = micro_batch_size(cfg, "warmup"), classes(cfg)
+    cfg = run.cfg
+    options = cfg.warmup
+    total = options.steps
+    n = micro_batch_size(cfg, "warmup")
+    names = classes(cfg)
 
     # data
     aligned = {"translated": translated_images(cfg, source)} if options.crdomix else {}
-    batch, rare = options.batch, cfg.rare_classes
-    crops = Crops(cfg, run.stage, "source", source, batch, total, rare=rare, aligned=aligned)
+    batch = options.batch
+    rare = cfg.rare_classes
+    source_crops = Crops(cfg, run.stage, "source", source, batch, total, rare=rare, aligned=aligned)
     recalibration = recalibration_crops(cfg, batch, cfg.bn_recalibrate, source=source)
 
     # student, teacher, optimizer
     if init:
-        student = run.place(models.load_segmenter(init, cfg, same_model=True)[0])
+        student = models.load_segmenter(init, cfg, same_model=True)[0]
     else:
-        student = run.place(models.build_segmenter(num_classes=len(names), **cfg.model))
+        student = models.build_segmenter(num_classes=len(names), **cfg.model)
+    student = run.place(student)
     teacher = models.make_teacher(student)
     optimizer = models.build_optimizer(student, cfg.optimizer)
     run.resume(student=student, teacher=teacher, optimizer=optimizer)
@@ -59,39 +65,41 @@ def train(run, init, source):
     # training
     network = run.parallel(student)
     supervised = {"ce": supervised_loss, "ohem": ohem_loss}[cfg.supervised]
-    batches = loader(run, crops, run.first * crops.batch_size, n)
+    crops = StackDataset(source=source_crops)
+    batches = loader(run, crops, run.first * source_crops.batch_size, n)
     for step, parts in run.steps(batches, total):
         models.set_learning_rate(optimizer, step, total, cfg.optimizer)
         models.ema_update(teacher, student, step, cfg.ema_limit)
         for batch in parts:
-            x_s, y_s, draws = batch["image"], batch["label"], batch["draws"]
+            # views: x_s is the weak one, x_cdm the strong one
+            x_s, y_s, draws = map(batch["source"].get, ("image", "label", "draws"))
+            translated = batch["source"].get("translated")
+            x_cdm = cross_domain_mix(x_s, y_s, translated, draws, options.strong)
             size = y_s.shape[-2:]
-            # x_s is the weak view, x_cdm the strong one
-            x_cdm = cross_domain_mix(x_s, y_s, batch.get("translated"), draws, options.strong)
-            views = torch.cat([x_s, x_cdm])
 
             # the teacher comes first, while the student's activations do not take memory yet
-            with run.autocast():
-                with torch.no_grad():
-                    teacher_logits = teacher(views)[0].split(n)
-                logits, _, auxiliary = network(views)
-            z_s, z_cdm = logits.split(n)
+            with torch.no_grad(), run.autocast():
+                logits, _, _ = teacher(torch.cat([x_s, x_cdm]))
+            t_s, t_cdm = logits.split(n)
 
-            # labels are for the weak view alone; both views learn from the teacher
+            # losses: labels are for the weak view, both views learn from the teacher
+            with run.autocast():
+                logits, _, auxiliary = network(torch.cat([x_s, x_cdm]))
+            z_s, z_cdm = logits.split(n)
             ce = supervised(z_s, y_s)
             if auxiliary is not None:
                 ce = ce + cfg.model.auxiliary * supervised(auxiliary[:n], y_s)
             kappa = options.strong_to_weak
-            kd = symmetric_distillation((z_s, z_cdm), teacher_logits, kappa, size)
+            kd = symmetric_distillation((z_s, z_cdm), (t_s, t_cdm), kappa, size)
             loss = ce + options.distill * kd
             run.backward(loss)
             run.log(loss=loss, ce=ce, kd=kd)
 
         run.update(optimizer)
         if run.shows:
-            pictures = {"source_image": x_s, "translated": batch.get("translated")}
-            pictures |= {"source_labels": y_s, "strong_view": x_cdm}
-            run.show(names, **pictures, prediction=logits.argmax(1))
+            pictures = {"source_image": x_s, "translated": translated, "strong_view": x_cdm}
+            pictures |= {"source_labels": y_s, "prediction": z_s.argmax(1)}
+            run.show(names, **pictures)
 
     finish(run, recalibration, student, teacher)
 

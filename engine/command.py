@@ -1,6 +1,7 @@
 """A script's command line and its end: foreseeable failures are one line and an exit code."""
 
 import argparse
+import multiprocessing
 import runpy
 import sys
 from pathlib import Path
@@ -42,6 +43,8 @@ def command(main):
                 sys.exit(tell(remedy, 2))
         raise
     finally:
+        for worker in multiprocessing.active_children():  # a loader's ignores Python's SIGTERM
+            worker.kill()
         files.unlock_all()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -62,21 +65,19 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}; see --help")
 
-
-def run_file(path):
-    """Run a Python file, which may register networks (models.register); return its path."""
-    try:
-        runpy.run_path(path)
-    except FileNotFoundError as error:
-        raise UserError(f"--import {path}: there is no such file") from error
-    return path
+    def parse_intermixed_args(self):
+        """Return the arguments, once the file of --import, which registers networks, has run."""
+        args = super().parse_intermixed_args()
+        if getattr(args, "imported", None):
+            runpy.run_path(args.imported)
+        return args
 
 
 def arguments(doc, cfg="config.yaml"):
     """Return a parser for --cfg, by default `cfg`, and overrides. doc: the script's docstring."""
     parser = Parser(doc)
     words = "run this Python file first, which registers a network"
-    parser.add_argument("--import", dest="imported", metavar="FILE", type=run_file, help=words)
+    parser.add_argument("--import", dest="imported", metavar="FILE", help=words)
     words = "configuration (default: %(default)s)"
     parser.add_argument("--cfg", default=cfg, metavar="FILE", help=words)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a value")

@@ -26,3 +26,8 @@ if compgen -G "$environment/lib/python3*/site-packages/typing.py" > /dev/null; t
     echo "$environment: holds PyPI's typing, which breaks torch.compile; pip uninstall typing" >&2
   fi
 fi
+# Where OpenCV lacks the system's libGL, its build without windows takes its place.
+if ! python -c "import cv2" 2> /dev/null; then
+  python -m pip uninstall --quiet --yes opencv-python
+  python -m pip install --quiet --disable-pip-version-check opencv-python-headless
+fi
