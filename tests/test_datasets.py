@@ -4,15 +4,16 @@ from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import CLASSES, IDS, SIZE, paletted_png, picture, save
-from engine.run import Run
+from conftest import CLASSES, IDS, SIZE, ok, paletted_png, picture, refused, save
+from PIL import Image
 
 import datasets
 from datasets import Crops, Images, Whole
 from engine import folders
 from engine.folders import Aligned
-from engine.images import read_image, read_label
-from engine.processes import loader_workers
+from engine.config import UserError
+from engine.images import read_image, read_label, resize
+from engine.loop import Run
 
 
 def as_classes(label):
@@ -80,6 +81,127 @@ def test_folder_with_any_extension(dataset, config, split):
     assert np.array_equal(images.image(3), image)
 
 
+PATTERNS = {
+    "rgb_*.png seg_*": ("rgb_{}.png", "seg_{}.png"),
+    "cam/*/frame_*_rgb.png cam/*/frame_*_mask.png": ("cam/{}_rgb.png", "cam/{}_mask.png"),
+    "town*/rgb/* town*/seg/*": ("town1/rgb/{}.png", "town1/seg/{}.png"),
+}
+
+
+@pytest.mark.parametrize("pair", PATTERNS)
+def test_a_layout_is_a_pair_of_patterns(dataset, config, pair):
+    """A * stands for the same text, folders included; what fits neither pattern is left out."""
+    images, labels = pair.split()
+    files = [file.replace("{}_", "{0}/frame_{0}_") for file in PATTERNS[pair]]
+    for i, name in enumerate(("a1", "b2")):
+        for file, array in zip(files, picture(i), strict=True):
+            save(dataset / "own" / file.format(name), array)
+    save(dataset / "own/cam/a1/depth.png", picture(2)[0])
+    cfg = config(f"source.layout={{images: '{images}', labels: '{labels}'}}", "source.root=own")
+    found = Images(cfg, "source", labelled=True).check()
+    assert len(found) == 2
+    for i in range(2):
+        assert np.array_equal(found.image(i), picture(i)[0])
+        assert np.array_equal(found.label(i), as_classes(picture(i)[1]))
+    found.label_paths[1].unlink()
+    with pytest.raises(UserError, match="has no label"):
+        Images(cfg, "source", labelled=True)
+
+
+PLACES = {
+    "bdd100k 10k": ("images/10k/val/{}.jpg", "labels/sem_seg/masks/val/{}.png"),
+    "bdd100k": ("images/val/{}.jpg", "labels/val/{}_train_id.png"),
+    "bdd100k gtFine": ("images/val/{}.jpg", "gtFine/val/{}_train_id.png"),
+    "mapillary": ("val/images/{}.jpg", "val/labels/{}.png"),
+    "mapillary 1.2": ("val/images/{}.jpg", "val/v1.2/labels/{}.png"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_places_in_which_releases_of_a_dataset_have_their_labels(dataset, config, place):
+    for i in range(2):
+        for file, array in zip(PLACES[place], picture(i), strict=True):
+            save(dataset / "own" / file.format(f"a-{i}"), array)
+    layout = f"val.layout={place.split()[0]}"
+    images = Images(config(layout, "val.root=own"), "val", labelled=True)
+    assert [images.label(i).tolist() for i in range(2)] == [
+        as_classes(picture(i)[1]).tolist() for i in range(2)
+    ]
+
+
+# ---------------------------------------------------------------- what files may hold
+
+
+def in_colours(label):
+    colours = np.zeros((*label.shape, 3), np.uint8)
+    for name, colour in CLASSES.items():
+        colours[label == IDS[name]] = colour
+    return colours
+
+
+@pytest.mark.parametrize("how", ["rgb", "palette", "mapping"])
+def test_labels_in_colours_equal_those_of_numbers(dataset, config, how):
+    expected = [Images(config(), "source", labelled=True).label(i) for i in range(6)]
+    palette = np.zeros((256, 3))
+    for name, colour in CLASSES.items():
+        palette[IDS[name]] = colour
+    for i in range(6):
+        path, label = dataset / f"game/labels/{i:05d}.png", picture(i)[1]
+        save(path, in_colours(label))
+        if how == "palette":
+            path.write_bytes(paletted_png(label, palette))
+    ids = "colours"
+    if how == "mapping":
+        ids = "{[128, 64, 128]: road, [0, 0, 142]: car, [70, 130, 180]: sky, [1, 2, 3]: null}"
+    images = Images(config(f"source.ids={ids}"), "source", labelled=True).check()
+    assert all(np.array_equal(images.label(i), expected[i]) for i in range(6))
+
+
+def test_a_colour_of_no_class_is_ignored_and_many_are_warned_of(dataset, run, capsys):
+    for i in range(6):
+        colours = in_colours(picture(i)[1])
+        colours[:30] = 9, 9, 9
+        save(dataset / f"game/labels/{i:05d}.png", colours)
+    code, _, err = run("warmup", "source.ids=colours", "warmup.crdomix=false", "warmup.steps=1")
+    assert (code, err.count("of the labels' pixels are ignored")) == (0, 1)
+
+
+def turned(path, array, orientation, **options):
+    """Save an array so that EXIF's orientation turns it into what was given."""
+    back = {3: 2, 6: 1, 8: 3}[orientation]  # quarter turns, counterclockwise
+    exif = Image.Exif()
+    exif[274] = orientation
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.ascontiguousarray(np.rot90(array, back))).save(path, exif=exif, **options)
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_an_image_is_turned_as_exif_says_to_its_labels_size(dataset, config, orientation, kind):
+    (image, label), name = picture(3), "00003"
+    (dataset / f"game/images/{name}.png").unlink()
+    options = {"quality": 100, "subsampling": 0} if kind == "jpg" else {}
+    turned(dataset / f"game/images/{name}.{kind}", image, orientation, **options)
+    images = Images(config(), "source", labelled=True).check()
+    assert np.abs(images.image(3).astype(int) - image).mean() < 2
+    assert np.array_equal(images.label(3), as_classes(label))
+    # a label that was never turned has the size of the file's pixels, which is not the image's
+    if orientation != 3:
+        save(dataset / f"game/labels/{name}.png", np.rot90(label))
+        with pytest.raises(UserError, match="1 labels differ from their images in size"):
+            Images(config(), "source", labelled=True).check()
+
+
+def test_unequal_sizes_are_found_at_the_start_with_a_list_of_the_good_images(dataset, run):
+    save(dataset / "game/labels/00004.png", picture(4, (48, 60))[1])
+    given = ("warmup", "warmup.crdomix=false", "warmup.steps=1")
+    listed = dataset / "runs/test/source.txt"
+    outcome = run(*given)
+    refused(outcome, "1 labels differ", "00004.png ((64, 48), (60, 48))", "source.list=runs/test")
+    assert listed.read_text().split() == [f"{i:05d}.png" for i in range(6) if i != 4]
+    ok(run(*given, f"source.list={listed}"))
+
+
 # ---------------------------------------------------------------- reading
 
 
@@ -95,9 +217,9 @@ def test_a_palettes_indices_are_read(tmp_path, depth):
 # ---------------------------------------------------------------- crops
 
 
-def crops(cfg, steps=8, **beside):
+def crops(cfg, steps=8, **more):
     images = Images(cfg, "source", labelled=True)
-    return Crops(cfg, "test", "source", images, [1, 1], steps, **beside)
+    return Crops(cfg, "test", "source", images, [1, 1], steps, **more)
 
 
 def equal_samples(a, b):
@@ -126,11 +248,15 @@ def test_the_number_of_loader_processes_changes_nothing(config, workers):
                 assert np.array_equal(batch[key][slot], value)
 
 
-def test_loader_processes_follow_from_the_cores(monkeypatch):
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)), raising=False)
-    assert [loader_workers(asked) for asked in (0, 3, "auto")] == [0, 3, 8]
+def test_loader_processes_follow_from_the_cores(config, monkeypatch):
+    def workers(asked):
+        cfg = config(f"workers={asked}")
+        return datasets.loader(Run(cfg, "test", "warmup"), crops(cfg), 0, 2).num_workers
+
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    assert [workers(asked) for asked in (0, 3, "auto")] == [0, 3, 8]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
-    assert loader_workers("auto") == 4
+    assert workers("auto") == 4
 
 
 def test_every_image_once_an_epoch(config):
@@ -160,7 +286,7 @@ def test_image_label_and_translation_share_one_geometry(dataset, config):
     translated = Aligned(dataset / "translated", names, read_image, "")
     flips = scales = 0
     for n in range(40):
-        sample = crops(cfg, 20, translated=translated)[n]
+        sample = crops(cfg, 20, aligned={"translated": translated})[n]
         picture, label = sample["image"].astype(int), sample["label"]
         assert picture.shape == (32, 40, 3)
         assert np.abs(255 - picture - sample["translated"]).max() <= 1
@@ -177,6 +303,43 @@ def test_image_label_and_translation_share_one_geometry(dataset, config):
         scales += abs(steps[0] - steps[1]) > 0.05
     assert 8 < flips < 32
     assert scales > 10  # each side has a factor of its own
+
+
+def test_a_translation_of_twice_the_size_gives_the_same_place(dataset, config):
+    image, _ = gradient(dataset)
+    for i in range(6):
+        save(dataset / f"translated/{i:05d}.png", resize(image, (120, 160)))
+    cfg = config("source.sizes=[[48, 64], [60, 80]]")
+    names = Images(cfg, "source", labelled=True).names
+    aligned = {"translated": Aligned(dataset / "translated", names, read_image, "")}
+    for n in range(20):
+        sample = crops(cfg, 20, aligned=aligned)[n]
+        inner = (slice(2, -2), slice(2, -2))
+        apart = sample["image"][inner].astype(int) - sample["translated"][inner]
+        assert np.abs(apart).max() <= 6  # a pixel is 4 and 3
+        assert np.abs(apart.mean((0, 1))).max() < 2
+    save(dataset / "translated/00000.png", resize(image, (60, 120)))
+    with pytest.raises(UserError, match="translated for 00000.png: is 120x60, but 80x60"):
+        [crops(cfg, 20, aligned=aligned)[n] for n in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "sides"),
+    [
+        ((60, 80), (48, 64)),  # the shape of the size: both sides are scaled to it
+        ((120, 40), (96, 32)),  # portrait among landscape: as many pixels, in its own shape
+        ((59, 80), (48, 64)),  # 2% off, as in GTA5: to the size itself, as the paper has it
+    ],
+)
+def test_the_scale_of_an_image(dataset, config, shape, sides):
+    gradient(dataset, shape)
+    size = ("source.sizes=[[48, 64], [48, 64]]", "min_scale=1.0", "crop=[16, 16]")
+    wanted = np.divide(shape, sides) * (4, 3)  # of the gradient, from pixel to pixel
+    for n in range(8):
+        image = crops(config(*size))[n]["image"]
+        rows, columns = image[..., 0].astype(float), image[..., 1].astype(float)
+        found = np.diff(rows, axis=0).mean(), np.abs(np.diff(columns, axis=1)).mean()
+        assert found == pytest.approx(wanted, rel=0.05)
 
 
 def test_no_side_is_scaled_below_the_crop(config):

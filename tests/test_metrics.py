@@ -5,14 +5,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, save
-from engine.run import Run
-from torch.utils.data import Subset
 
-from datasets import Whole
-from engine.folders import Folder
+import metrics
+from engine.loop import Run
 from evaluate import advice
 from layouts import CITYSCAPES, label_values
-from metrics import ConfusionMatrix, agreement
+from metrics import ConfusionMatrix
 from models import build_segmenter
 from settings import load_config
 
@@ -77,7 +75,9 @@ def test_synthias_means_over_16_and_13_classes(maps):
     assert scores["miou_16"] != scores["miou"]
 
 
-def test_agreement_is_the_share_of_pixels_of_one_class_at_full_and_half_size(tmp_path):
+def test_agreement_is_the_share_of_pixels_of_one_class_at_full_and_half_size(
+    tmp_path, monkeypatch
+):
     """On some images of unequal sizes, of a network in single precision."""
     rng = np.random.default_rng(0)
     shapes = [(96, 130), (101, 96), (96, 96)]
@@ -100,9 +100,13 @@ def test_agreement_is_the_share_of_pixels_of_one_class_at_full_and_half_size(tmp
     wanted = 100 * torch.cat(same).float().mean().item()
     assert 1 < wanted < 99
 
-    overrides = ["precision=fp32", "device=cpu", "workers=0", f"output={tmp_path}"]
+    # two of the images, and none is resized: the target's size is theirs
+    monkeypatch.setattr(metrics, "COMPARED", 2)
+    monkeypatch.setattr("datasets.resize_pixels", lambda image, size: image)
+    target = f"target={{layout: flat, root: {tmp_path}, split: null}}"
+    overrides = ["precision=fp32", "device=cpu", "workers=0", f"output={tmp_path}/runs", target]
     run = Run(load_config(ROOT / "config.yaml", overrides), "evaluate", "evaluation")
-    found = agreement(run, run.place(model), Subset(Whole(Folder(tmp_path)), [0, 2]))
+    found = metrics.agreement(run, run.place(model))
     assert found == pytest.approx(wanted, abs=0.02)
 
 

@@ -9,7 +9,7 @@ from conftest import LONG
 from torch import nn
 
 import models
-from engine.config import UserError
+from engine.config import Config, UserError
 from translate_cyclegan import Discriminator
 
 
@@ -22,6 +22,8 @@ def segmenter(network="resnet18", stride=8, **more):
     return models.build_segmenter(network, 5, output_stride=stride, channels=32, **more)
 
 
+OPTIMIZER = {"name": "sgd", "lr_backbone": 7.5e-4, "lr_head": 2.5e-3, "layer_decay": 1.0}
+OPTIMIZER |= {"momentum": 0.9, "weight_decay": 5e-4}
 NETWORKS = ["resnet18", "resnet50", "mobilenet_v2", "deeplab_v2_resnet101"]
 
 
@@ -68,7 +70,7 @@ def test_deeplab_freezes_the_batch_norms_scale_and_shift_but_not_their_statistic
     before = norms[-1].running_mean.clone()
     model(images())
     assert not torch.equal(before, norms[-1].running_mean)
-    optimizer = models.build_optimizer(model, "sgd", 7.5e-4, 2.5e-3, 0.9, 5e-4)
+    optimizer = models.build_optimizer(model, Config(OPTIMIZER))
     assert [group["base_lr"] for group in optimizer.param_groups] == [7.5e-4, 2.5e-3]
     trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     assert trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -77,8 +79,8 @@ def test_deeplab_freezes_the_batch_norms_scale_and_shift_but_not_their_statistic
 
 def test_the_rate_of_a_transformer_decays_by_block():
     model = segmenter("smp/DPT/tu-vit_small_patch16_dinov3.lvd1689m")
-    rates = {"lr_backbone": 1e-4, "lr_head": 1e-3, "layer_decay": 0.5}
-    optimizer = models.build_optimizer(model, "adamw", **rates, momentum=0, weight_decay=0)
+    rates = {"name": "adamw", "lr_backbone": 1e-4, "lr_head": 1e-3, "layer_decay": 0.5}
+    optimizer = models.build_optimizer(model, Config(OPTIMIZER | rates))
     rate_of = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
         words, expected = name.split("."), 1e-3
@@ -90,18 +92,37 @@ def test_the_rate_of_a_transformer_decays_by_block():
     assert len(rate_of) == sum(1 for _ in model.parameters())
 
 
+@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "encoder."])
+def test_weights_in_the_wrappers_that_projects_put_around_them(tmp_path, prefix):
+    theirs = torchvision.models.resnet18().state_dict()
+    wrapped = {f"{prefix}{key}": value for key, value in theirs.items()}
+    wrapped |= {"head.fc.weight": torch.zeros(3), "fc.bias": torch.zeros(2)}
+    for file in (wrapped, {"model": wrapped}, {"state_dict": wrapped, "epoch": 3}):
+        torch.save(file, tmp_path / "weights.pth")
+        backbone = segmenter(weights=str(tmp_path / "weights.pth")).backbone.state_dict()
+        assert all(torch.equal(value, theirs[key]) for key, value in backbone.items())
+
+
 def test_weights_that_do_not_fit_are_named(tmp_path):
+    path = tmp_path / "weights.pth"
+
+    def load(state):
+        torch.save(state, path)
+        segmenter(weights=str(path))
+
     state = torchvision.models.resnet18().state_dict()
-    del state["layer1.0.conv1.weight"]
-    torch.save(state, tmp_path / "weights.pth")
-    with pytest.raises(UserError, match=r"weights\.pth: lacks layer1\.0\.conv1\.weight"):
-        segmenter(weights=str(tmp_path / "weights.pth"))
-    torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "weights.pth")
-    with pytest.raises(UserError, match=r"has unknown layer1\.2.* and \d+ more"):
-        segmenter(weights=str(tmp_path / "weights.pth"))
-    torch.save(state | {"layer1.0.conv1.weight": torch.zeros(1)}, tmp_path / "weights.pth")
-    with pytest.raises(UserError, match=r"layer1\.0\.conv1\.weight is \[1\], not \[64, 64, 3, 3\]"):
-        segmenter(weights=str(tmp_path / "weights.pth"))
+    first = state.pop("layer1.0.conv1.weight")
+    with pytest.raises(UserError, match=r"weights\.pth: lacks 1 entries, layer1\.0\.conv1\.weight"):
+        load(state)
+    with pytest.raises(UserError, match=r"has unknown \d+ entries, layer1\.2.*"):
+        load(torchvision.models.resnet34().state_dict())
+    with pytest.raises(UserError, match=r"shape of 1 entries, layer1\.0\.conv1\.weight"):
+        load(state | {"layer1.0.conv1.weight": torch.zeros(1)})
+    with pytest.raises(UserError, match=r"not finite in 1 entries, layer1\.0\.conv1\.weight"):
+        load(state | {"layer1.0.conv1.weight": first / 0})
+    path.write_text("<!DOCTYPE html>")  # a login page in place of a download
+    with pytest.raises(UserError, match=r"weights\.pth: is no checkpoint.*DOCTYPE"):
+        segmenter(weights=str(path))
 
 
 def test_ema_moves_parameters_and_copies_buffers():
@@ -155,9 +176,6 @@ def test_recalibration_is_the_plain_average_over_the_batches():
     torch.testing.assert_close(norm.running_var, variance)
     assert not model.training
     assert norm.momentum == 0.1
-    before = norm.running_mean.clone()
-    models.recalibrate_batchnorm(model, [])
-    assert torch.equal(norm.running_mean, before)
 
 
 # ---------------------------------------------------------------- CycleGAN
@@ -193,13 +211,13 @@ def test_adamw_in_the_order_of_memory_is_torchs():
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_a_first_step_that_fp16_skips_leaves_no_trace(name):
-    options = {"lr_backbone": 0.1, "lr_head": 0.1, "momentum": 0.9, "weight_decay": 0.01}
+    rates = {"name": name, "lr_backbone": 0.1, "lr_head": 0.1, "weight_decay": 0.01}
     found = []
     for skipped in (True, False):
         model = segmenter("mobilenet_v2")
         # what an earlier tensor leaves in memory that is not initialised
         garbage = [torch.full_like(p, float("nan")) for p in model.parameters()]
-        optimizer = models.build_optimizer(model, name, **options)
+        optimizer = models.build_optimizer(model, Config(OPTIMIZER | rates))
         scaler = torch.amp.GradScaler("cpu")
         del garbage
         for gradient in [float("inf")] * skipped + [1.0, -0.5]:

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Killed, log, ok, state
-from engine.run import Run
 
 import augment
 import losses
 import models
 from datasets import Crops, Images
 from engine.images import read_image, read_label
+from engine.log import Figures
 
 pytestmark = pytest.mark.core
 IGNORED = 255
@@ -25,7 +25,7 @@ def after_one_step(run, script, *overrides):
     """Run a script's command, and kill it in its second step: the checkpoint is of the first."""
     calls = 0
 
-    def log(self, original=Run.log, **figures):
+    def add(self, original=Figures.add, **figures):
         nonlocal calls
         calls += "loss" in figures
         if calls == 2:
@@ -33,7 +33,7 @@ def after_one_step(run, script, *overrides):
         original(self, **figures)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Run, "log", log)
+        patch.setattr(Figures, "add", add)
         run(script, *QUIET, *overrides)
 
 
@@ -114,10 +114,11 @@ def warmed_up(finished, run):
 
 def views(cfg, stage, source, folder):
     translated = lambda i: read_image(folder / f"translated/{i:05d}.jpg")  # noqa: E731
-    crops = Crops(cfg, stage, "source", source, [1, 1], 2, translated=translated)
+    aligned = {"translated": translated}
+    crops = Crops(cfg, stage, "source", source, [1, 1], 2, aligned=aligned)
     samples = [crops[0], crops[1]]
     x_s, y_s, draws = (as_batch(samples, name) for name in ("image", "label", "draws"))
-    strong = augment.strong_view(x_s, draws[:, :8], cfg[stage].strong)
+    strong = augment.strong_view(x_s, draws, cfg[stage].strong)
     translated = as_batch(samples, "translated")
     pairs = zip(strong, translated, y_s, draws[:, 8:264], strict=True)
     return x_s, y_s, draws, torch.stack([mixed(*pair) for pair in pairs])
@@ -208,7 +209,7 @@ def test_a_self_training_step(run, config, monkeypatch, warmed_up, labels, class
     teacher = teacher_of(student)
     x_s, y_s, draws, x_cdm = views(cfg, "selftrain", source, folder)
     pseudo = lambda i: read_label(folder / "pseudo_labels/round1" / target.names[i])  # noqa: E731
-    crops = Crops(cfg, "selftrain", "target", target, [1, 1], 2, pseudo=pseudo)
+    crops = Crops(cfg, "selftrain", "target", target, [1, 1], 2, aligned={"pseudo": pseudo})
     samples = [crops[0], crops[1]]
     x_t, y_p, target_draws = (as_batch(samples, name) for name in ("image", "pseudo", "draws"))
     with torch.no_grad():
@@ -222,7 +223,7 @@ def test_a_self_training_step(run, config, monkeypatch, warmed_up, labels, class
         share = (probability >= 0.6).float().mean((1, 2))
         assert share.min() > 0.1 and share.max() < 0.9 and share[0] != share[1]
     y_t = torch.where(y_p == y_f, y_p, IGNORED)
-    strong = augment.strong_view(x_t, target_draws[:, :8], cfg.selftrain.strong)
+    strong = augment.strong_view(x_t, target_draws, cfg.selftrain.strong)
     x_mix, y_mix = strong, y_t
     weights = share[:, None, None].expand(y_t.shape)
     if class_mixing:
