@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import IDS, ROOT, SIZE, ok, paletted_png, picture, refused, save, state
 
-import datasets
+import layouts
 import models
 from datasets import Images
 from engine import images
@@ -115,10 +115,10 @@ def test_generalization_reads_nothing_of_a_target_and_is_scored_on_three_dataset
     more += [f"more_val.{name}.size=[48,64]" for name in ("bdd100k", "mapillary")]
     more.append(f"source.root={world}/game")
     cfg = ("--cfg", CONFIGS / "generalization.yaml", *small(world, *more))
-    opened, read, iterate = [], images._read, datasets.list_images
+    opened, read, iterate = [], images._read, layouts.list_images
     monkeypatch.setattr(images, "_read", lambda path: opened.append(path) or read(path))
-    noted = lambda folder: opened.append(folder) or iterate(folder)  # noqa: E731
-    monkeypatch.setattr(datasets, "list_images", noted)
+    noted = lambda folder, **more: opened.append(folder) or iterate(folder, **more)  # noqa: E731
+    monkeypatch.setattr(layouts, "list_images", noted)
     ok(run("warmup", *cfg))
     assert opened
     assert all(Path(path).is_relative_to(world / "game") for path in opened)
