@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 
 import torch
@@ -20,10 +21,9 @@ def progress(*args, **options):
 
 
 class Figures:
-    """Figures of a stage, collected on the device without waiting for it.
+    """Figures of a stage: [numerator, denominator] by name, summed without waiting for the device.
 
-    They are written to the bar or stdout, TensorBoard and log.jsonl. overall: name -> [numerator,
-    denominator] since the stage began.
+    recent: since the last line of the log. overall: since the stage began.
     """
 
     def __init__(self, folder, stage, device):
@@ -46,10 +46,11 @@ class Figures:
         self.images = images
         self.written = first
         self.started = time.perf_counter()
+        # set by tools.run_all: the time of the later stages as a multiple of this one's
+        self.later = json.loads(os.environ.get("LATER_STAGES", "{}")).get(self.stage, 0)
         if rank() == 0:
             self.writer = SummaryWriter(self.folder / "tensorboard" / self.stage, purge_step=first)
-        done = first * images
-        self.bar = progress(total=total * images, initial=done, unit="img", desc=self.stage)
+        self.bar = progress(None, self.stage, total, initial=first, unit="img", unit_scale=images)
 
     def add(self, **figures):
         """Add scalars, to be averaged, or ratios as pairs (numerator, denominator)."""
@@ -64,7 +65,7 @@ class Figures:
 
         Raises UserError where one is not finite.
         """
-        self.bar.update(self.images)
+        self.bar.update()
         step = self.done
         if not writes and step < self.total:
             return
@@ -83,15 +84,20 @@ class Figures:
             old = self.overall.get(name, [0, 0])
             self.overall[name] = [old[0] + above, old[1] + below]
             if rank() == 0:
-                self.writer.add_scalar(f"{self.stage}/{name}", figures[name], step)
-        rate = done * self.images / (time.perf_counter() - self.started)
+                self.writer.add_scalar(name, figures[name], step)
+        seconds = time.perf_counter() - self.started
         self.written = step
-        self.started = time.perf_counter()
+        self.started += seconds
+        rate = done * self.images / seconds
+        left = (self.total - step) * seconds / done / 60
         text = "  ".join(f"{name} {value:.3g}" for name, value in figures.items())
-        self.bar.set_postfix_str(text)
+        run = ""
+        if self.later:
+            whole = left + self.later * self.total * seconds / done / 60
+            run = f", about {whole:.0f} min left of the run"
+        self.bar.set_postfix_str(text + run)
         if self.bar.disable:
-            left = (self.total - step) * self.images / rate / 60
-            speed = f"{rate:.1f} img/s  {left:.1f} min left"
+            speed = f"{rate:.1f} img/s  {left:.1f} min left{run}"
             print(f"{self.stage} {step}/{self.total}  {text}  {speed}", flush=True)
         figures |= {"images_per_second": rate, "memory_gb": memory_gb(self.device)}
         write_log(self.folder, self.stage, step=step, **figures)
@@ -101,8 +107,9 @@ class Figures:
         self.bar.close()
         if rank() == 0:
             self.writer.close()
-        means = _means(self.overall)
-        write_log(self.folder, self.stage, finished=self.total, **means, seconds=self.seconds())
+        figures = _means(self.overall)
+        figures |= {"seconds": self.seconds(), "date": time.strftime("%Y-%m-%d")}
+        write_log(self.folder, self.stage, finished=self.total, **figures)
         print(f"{self.stage}: wrote {result}")
 
     def show(self, colours, **pictures):
@@ -118,7 +125,7 @@ class Figures:
                 picture = picture.permute(1, 2, 0).numpy()
             else:
                 picture = paint(resize(picture.byte().numpy(), size, labels=True), colours)
-            self.writer.add_image(f"{self.stage}/{name}", picture, self.done, dataformats="HWC")
+            self.writer.add_image(name, picture, self.done, dataformats="HWC")
             write_image(self.folder / "samples" / self.stage / f"{name}.png", picture)
 
 

@@ -7,6 +7,7 @@ environment, each stage runs in N processes, on a GPU each if there are any.
 """
 
 import importlib
+import json
 import os
 import signal
 import subprocess
@@ -27,6 +28,8 @@ STAGES = {
     "oracle": ["tools.baselines", "--method", "oracle"],
     "evaluate": ["evaluate"],
 }
+# stage -> the section with its steps, and the time of an image as a multiple of the warm-up's
+COSTS = {"translate": ("translation", 1), "warmup": ("warmup", 1), "selftrain": ("selftrain", 1.6)}
 
 
 def main():
@@ -42,11 +45,28 @@ def main():
 def commands(path, overrides, imported=None):
     """Yield (module, its arguments) of each stage, the evaluation, the report. Raises UserError."""
     cfg, first = load_config(path, overrides), ["--import", imported] if imported else []
+    os.environ["LATER_STAGES"] = json.dumps(later_stages(cfg))
     for stage in [*cfg.stages, "evaluate"]:
         print(f"== {stage}", flush=True)
         module, *more = STAGES[stage]
         yield module, [*more, *first, "--cfg", str(path), *overrides]
+    del os.environ["LATER_STAGES"]
     yield "tools.report", [str(Path(cfg.output) / cfg.name)]
+
+
+def later_stages(cfg):
+    """Return result -> the time of the stages after it, as a multiple of its own; an estimate."""
+    folder, later, total = Path(cfg.output) / cfg.name, {}, 0
+    for stage in cfg.stages[::-1]:
+        section, cost = COSTS.get(stage, ("warmup", 0.5))
+        results = ["translator" if stage == "translate" else stage]
+        if stage == "selftrain":
+            results += [f"selftrain_round{k}" for k in range(cfg.selftrain.rounds - 1, 0, -1)]
+        own = cost * cfg[section].steps * sum(cfg[section].batch)
+        for result in results:
+            if not (folder / f"{result}.pth").exists():
+                later[result], total = total / own, total + own
+    return later
 
 
 def run(module, line):
