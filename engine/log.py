@@ -49,6 +49,7 @@ class Figures:
         # set by tools.run_all: the time of the later stages as a multiple of this one's
         self.later = json.loads(os.environ.get("LATER_STAGES", "{}")).get(self.stage, 0)
         if rank() == 0:
+            cut_half_line(self.folder / "log.jsonl")
             self.writer = SummaryWriter(self.folder / "tensorboard" / self.stage, purge_step=first)
         self.bar = progress(None, self.stage, total, initial=first, unit="img", unit_scale=images)
 
@@ -127,6 +128,13 @@ class Figures:
                 picture = paint(resize(picture.byte().numpy(), size, labels=True), colours)
             self.writer.add_image(name, picture, self.done, dataformats="HWC")
             write_image(self.folder / "samples" / self.stage / f"{name}.png", picture)
+
+
+def cut_half_line(path):
+    """Remove a last line of a text file that a killed process left without its end."""
+    text = path.read_bytes() if path.is_file() else b"\n"
+    if not text.endswith(b"\n"):
+        path.write_bytes(text[: text.rfind(b"\n") + 1])
 
 
 def write_log(folder, stage, **figures):
