@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 
 import torch
@@ -35,7 +34,7 @@ class Figures:
         self.began = time.perf_counter()
 
     def seconds(self):
-        """Return the time since the stage began, that before a resumption included."""
+        """Return the time since the stage began."""
         return round(time.perf_counter() - self.began, 1)
 
     def start(self, first, total, images):
@@ -46,10 +45,7 @@ class Figures:
         self.images = images
         self.written = first
         self.started = time.perf_counter()
-        # set by tools.run_all: the time of the later stages as a multiple of this one's
-        self.later = json.loads(os.environ.get("LATER_STAGES", "{}")).get(self.stage, 0)
         if rank() == 0:
-            cut_half_line(self.folder / "log.jsonl")
             self.writer = SummaryWriter(self.folder / "tensorboard" / self.stage, purge_step=first)
         self.bar = progress(None, self.stage, total, initial=first, unit="img", unit_scale=images)
 
@@ -62,10 +58,7 @@ class Figures:
             total[1] += below
 
     def advance(self, writes):
-        """Count a step. With `writes`, or at the end, write the means since the last time.
-
-        Raises UserError where one is not finite.
-        """
+        """Count a step. With `writes`, or at the end, write means, or UserError for one of NaN."""
         self.bar.update()
         step = self.done
         if not writes and step < self.total:
@@ -92,13 +85,9 @@ class Figures:
         rate = done * self.images / seconds
         left = (self.total - step) * seconds / done / 60
         text = "  ".join(f"{name} {value:.3g}" for name, value in figures.items())
-        run = ""
-        if self.later:
-            whole = left + self.later * self.total * seconds / done / 60
-            run = f", about {whole:.0f} min left of the run"
-        self.bar.set_postfix_str(text + run)
+        self.bar.set_postfix_str(text)
         if self.bar.disable:
-            speed = f"{rate:.1f} img/s  {left:.1f} min left{run}"
+            speed = f"{rate:.1f} img/s  {left:.1f} min left"
             print(f"{self.stage} {step}/{self.total}  {text}  {speed}", flush=True)
         figures |= {"images_per_second": rate, "memory_gb": memory_gb(self.device)}
         write_log(self.folder, self.stage, step=step, **figures)
@@ -114,10 +103,7 @@ class Figures:
         print(f"{self.stage}: wrote {result}")
 
     def show(self, colours, **pictures):
-        """Write the first of each batch to TensorBoard and to samples/STAGE/NAME.png.
-
-        pictures: name -> images (B, 3, H, W) in [0, 1], label maps (B, h, w), or None (left out).
-        """
+        """Write the first of images (B, 3, H, W), label maps (B, h, w), or nothing for None."""
         first = {name: batch[0].cpu() for name, batch in pictures.items() if batch is not None}
         size = next(picture.shape[1:] for picture in first.values() if picture.dim() == 3)
         for name, picture in first.items():
@@ -128,13 +114,6 @@ class Figures:
                 picture = paint(resize(picture.byte().numpy(), size, labels=True), colours)
             self.writer.add_image(name, picture, self.done, dataformats="HWC")
             write_image(self.folder / "samples" / self.stage / f"{name}.png", picture)
-
-
-def cut_half_line(path):
-    """Remove a last line of a text file that a killed process left without its end."""
-    text = path.read_bytes() if path.is_file() else b"\n"
-    if not text.endswith(b"\n"):
-        path.write_bytes(text[: text.rfind(b"\n") + 1])
 
 
 def write_log(folder, stage, **figures):

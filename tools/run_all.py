@@ -7,7 +7,6 @@ environment, each stage runs in N processes, on a GPU each if there are any.
 """
 
 import importlib
-import json
 import os
 import signal
 import subprocess
@@ -28,8 +27,6 @@ STAGES = {
     "oracle": ["tools.baselines", "--method", "oracle"],
     "evaluate": ["evaluate"],
 }
-# stage -> the section with its steps, and the time of an image as a multiple of the warm-up's
-COSTS = {"translate": ("translation", 1), "warmup": ("warmup", 1), "selftrain": ("selftrain", 1.6)}
 
 
 def main():
@@ -44,34 +41,20 @@ def main():
 
 def commands(path, overrides, imported=None):
     """Yield (module, its arguments) of each stage, the evaluation, the report. Raises UserError."""
-    cfg, first = load_config(path, overrides), ["--import", imported] if imported else []
-    os.environ["LATER_STAGES"] = json.dumps(later_stages(cfg))
-    for stage in [*cfg.stages, "evaluate"]:
-        print(f"== {stage}", flush=True)
+    cfg = load_config(path, overrides)
+    first = ["--import", imported] if imported else []
+    stages = [*cfg.stages, "evaluate"]
+    for number, stage in enumerate(stages, 1):
+        print(f"== {stage} ({number} of {len(stages)})", flush=True)
         module, *more = STAGES[stage]
         yield module, [*more, *first, "--cfg", str(path), *overrides]
-    del os.environ["LATER_STAGES"]
     yield "tools.report", [str(Path(cfg.output) / cfg.name)]
-
-
-def later_stages(cfg):
-    """Return result -> the time of the stages after it, as a multiple of its own; an estimate."""
-    folder, later, total = Path(cfg.output) / cfg.name, {}, 0
-    for stage in cfg.stages[::-1]:
-        section, cost = COSTS.get(stage, ("warmup", 0.5))
-        results = ["translator" if stage == "translate" else stage]
-        if stage == "selftrain":
-            results += [f"selftrain_round{k}" for k in range(cfg.selftrain.rounds - 1, 0, -1)]
-        own = cost * cfg[section].steps * sum(cfg[section].batch)
-        for result in results:
-            if not (folder / f"{result}.pth").exists():
-                later[result], total = total / own, total + own
-    return later
 
 
 def run(module, line):
     """Run a command in a process of its own, and pass SIGTERM on; exit unless it succeeds."""
-    count, start = int(os.environ.get("NPROC") or 1), []
+    count = int(os.environ.get("NPROC") or 1)
+    start = []
     if count > 1 and module not in ("tools.make_demo_data", "tools.report"):
         start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     # by its path: a user may stand in a folder that has a module of the same name
