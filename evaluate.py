@@ -212,16 +212,27 @@ def segment(run, model, whole, key, out=None, stage=None, args=None):
     return matrix.scores(names, how.subsets, dataset)
 
 
-def advice(results):
-    """Return a line that says which network to use, judged without labels; "" for less than two."""
+def advice(results, title=str):
+    """Return a line that says which network to use, judged without labels.
+
+    It is "" for less than two networks, and where one has a score. title: stage -> its name.
+    """
+    best, found = judged(results)
+    if best is None:
+        return ""
+    figures = ", ".join(f"{title(stage)} {x:.1f}" for stage, x in found.items())
+    harm = " Adaptation may have harmed." if best in ("source_only", "source_strong") else ""
+    use = f"Without labels, {title(best)} is the one to use.{harm}"
+    return f"{use} Agreement between scales: {figures}"
+
+
+def judged(results):
+    """Return (the stage to use or None, stage -> agreement), judged without labels."""
     found = {stage: entry.get("agreement") for stage, entry in results.items()}
     found = {stage: x for stage, x in found.items() if x is not None and stage != "oracle"}
-    if len(found) < 2:
-        return ""
-    best = [stage for stage, x in found.items() if x >= max(found.values()) - UNSURE][-1]
-    figures = ", ".join(f"{stage} {x:.1f}" for stage, x in found.items())
-    harm = " Adaptation may have harmed." if best in ("source_only", "source_strong") else ""
-    return f"Without labels, {best} is the one to use.{harm} Agreement between scales: {figures}"
+    if len(found) < 2 or any(results[stage].get("miou") is not None for stage in found):
+        return None, found
+    return [stage for stage, x in found.items() if x >= max(found.values()) - UNSURE][-1], found
 
 
 def read_results(path):

@@ -56,9 +56,7 @@ def list_of(rule, low=1, high=10**6):
     return words, lambda v: isinstance(v, list) and low <= len(v) <= high and all(map(rule[1], v))
 
 
-def rule_of(default):
-    """Return the rule that a value like `default` follows."""
-    return {bool: one_of(True, False), int: COUNT, float: NUMBER, str: TEXT}[type(default)]
+RULE_OF = {bool: one_of(True, False), int: COUNT, float: NUMBER, str: TEXT}
 
 
 def plain(config):
@@ -140,7 +138,7 @@ def check(tree, example, rules, origin, prefix=""):
         name, value = f"{prefix}{key}", tree[key]
         rule = rules.get(name) or rules.get(key)
         if rule or not isinstance(default, dict):
-            words, holds = rule or rule_of(default)
+            words, holds = rule or RULE_OF[type(default)]
             require(holds(value), origin, name, value, f"be {words}")
         else:
             must = f"hold the keys {', '.join(default)}"

@@ -20,10 +20,9 @@ def progress(*args, **options):
 
 
 class Figures:
-    """Figures of a stage, collected on the device without waiting for it.
+    """Figures of a stage: [numerator, denominator] by name, summed without waiting for the device.
 
-    They are written to the bar or stdout, TensorBoard and log.jsonl. overall: name -> [numerator,
-    denominator] since the stage began.
+    recent: since the last line of the log. overall: since the stage began.
     """
 
     def __init__(self, folder, stage, device):
@@ -35,7 +34,7 @@ class Figures:
         self.began = time.perf_counter()
 
     def seconds(self):
-        """Return the time since the stage began, that before a resumption included."""
+        """Return the time since the stage began."""
         return round(time.perf_counter() - self.began, 1)
 
     def start(self, first, total, images):
@@ -48,8 +47,7 @@ class Figures:
         self.started = time.perf_counter()
         if rank() == 0:
             self.writer = SummaryWriter(self.folder / "tensorboard" / self.stage, purge_step=first)
-        done = first * images
-        self.bar = progress(total=total * images, initial=done, unit="img", desc=self.stage)
+        self.bar = progress(None, self.stage, total, initial=first, unit="img", unit_scale=images)
 
     def add(self, **figures):
         """Add scalars, to be averaged, or ratios as pairs (numerator, denominator)."""
@@ -60,11 +58,8 @@ class Figures:
             total[1] += below
 
     def advance(self, writes):
-        """Count a step. With `writes`, or at the end, write the means since the last time.
-
-        Raises UserError where one is not finite.
-        """
-        self.bar.update(self.images)
+        """Count a step. With `writes`, or at the end, write means, or UserError for one of NaN."""
+        self.bar.update()
         step = self.done
         if not writes and step < self.total:
             return
@@ -83,14 +78,15 @@ class Figures:
             old = self.overall.get(name, [0, 0])
             self.overall[name] = [old[0] + above, old[1] + below]
             if rank() == 0:
-                self.writer.add_scalar(f"{self.stage}/{name}", figures[name], step)
-        rate = done * self.images / (time.perf_counter() - self.started)
+                self.writer.add_scalar(name, figures[name], step)
+        seconds = time.perf_counter() - self.started
         self.written = step
-        self.started = time.perf_counter()
+        self.started += seconds
+        rate = done * self.images / seconds
+        left = (self.total - step) * seconds / done / 60
         text = "  ".join(f"{name} {value:.3g}" for name, value in figures.items())
         self.bar.set_postfix_str(text)
         if self.bar.disable:
-            left = (self.total - step) * self.images / rate / 60
             speed = f"{rate:.1f} img/s  {left:.1f} min left"
             print(f"{self.stage} {step}/{self.total}  {text}  {speed}", flush=True)
         figures |= {"images_per_second": rate, "memory_gb": memory_gb(self.device)}
@@ -101,15 +97,13 @@ class Figures:
         self.bar.close()
         if rank() == 0:
             self.writer.close()
-        means = _means(self.overall)
-        write_log(self.folder, self.stage, finished=self.total, **means, seconds=self.seconds())
+        figures = _means(self.overall)
+        figures |= {"seconds": self.seconds(), "date": time.strftime("%Y-%m-%d")}
+        write_log(self.folder, self.stage, finished=self.total, **figures)
         print(f"{self.stage}: wrote {result}")
 
     def show(self, colours, **pictures):
-        """Write the first of each batch to TensorBoard and to samples/STAGE/NAME.png.
-
-        pictures: name -> images (B, 3, H, W) in [0, 1], label maps (B, h, w), or None (left out).
-        """
+        """Write the first of images (B, 3, H, W), label maps (B, h, w), or nothing for None."""
         first = {name: batch[0].cpu() for name, batch in pictures.items() if batch is not None}
         size = next(picture.shape[1:] for picture in first.values() if picture.dim() == 3)
         for name, picture in first.items():
@@ -118,7 +112,7 @@ class Figures:
                 picture = picture.permute(1, 2, 0).numpy()
             else:
                 picture = paint(resize(picture.byte().numpy(), size, labels=True), colours)
-            self.writer.add_image(f"{self.stage}/{name}", picture, self.done, dataformats="HWC")
+            self.writer.add_image(name, picture, self.done, dataformats="HWC")
             write_image(self.folder / "samples" / self.stage / f"{name}.png", picture)
 
 

@@ -161,7 +161,7 @@ class Run(Checkpoints):
         batches = iter(batches)
         try:
             for step in range(self.first, total):
-                done = self.done = self.figures.done = step + 1
+                done = self.figures.done = step + 1
                 is_shown = done % self.cfg.pictures_every == 0 or done == total
                 self.shows = is_shown and rank() == 0
                 self._seed(step, 0)
@@ -193,7 +193,7 @@ class Run(Checkpoints):
 
     def _describe(self):
         """Write config.yaml, as resolved, and environment.json into the folder."""
-        environment = json.dumps(device.environment(self.device), indent=1) + "\n"
+        environment = json.dumps(device.environment(self.device), indent=1)
         files.write_text(self.folder / "environment.json", environment)
         config = yaml.safe_dump(plain(self.cfg), sort_keys=False)
         files.write_text(self.folder / "config.yaml", config)

@@ -1,206 +1,170 @@
-"""The report: its numbers against results.json and log.jsonl; it needs nothing but itself."""
+"""The report, tables for papers and for the docs: their numbers against the files of runs."""
 
+import csv
 import json
 import re
-import shutil
-import statistics
 from html.parser import HTMLParser
 
 import numpy as np
+import pytest
+import torch
 import yaml
-from conftest import CLASSES, ROOT, changed, log, ok, refused
+from conftest import CLASSES, ROOT, log, main, make_data, save
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from engine.config import plain
 from engine.images import read_image
+from engine.log import Figures
+from settings import load_config
 from tools.entries import agreements, pages
-from tools.report import TITLES, read_log
+from tools.run_all import later_stages
+from tools.runs import read_log, title
+
+SCORES = {"source_only": 30.0, "warmup": 50.0, "selftrain": 60.0, "oracle": 70.0}
 
 
 class Page(HTMLParser):
-    """Tables as lists of rows of texts, by id or heading; attributes of all tags."""
+    """A page's text, and its tables by id or number. Raises AssertionError for wrong HTML."""
 
     def __init__(self, path):
         super().__init__()
-        self.tables, self.tags, self.cell = {}, [], False
-        self.feed(path.read_text(encoding="utf-8"))
+        self.text = path.read_text(encoding="utf-8")
+        self.open, self.tables = [], {}
+        self.feed(self.text)
+        assert self.open == []
+        ids = re.findall(' id="(.*?)"', self.text)
+        links = re.findall('(?:src|href)="(.*?)"', self.text)
+        assert len(ids) == len(set(ids))
+        assert all(link.startswith("data:") or link[1:] in ids for link in links)  # no address
+        assert "<script" not in self.text
+        tables = re.findall('<table(?: id="(.*?)")?(.*?)</table>', self.text, re.DOTALL)
+        for k, (name, table) in enumerate(tables):
+            rows = (re.findall("<t[hd].*?</t[hd]>", row) for row in table.split("<tr")[1:])
+            self.tables[name or k] = [[re.sub("<.*?>", "", x) for x in row] for row in rows]
 
     def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag == "table":
-            self.rows = self.tables.setdefault(dict(attributes).get("id", len(self.tables)), [])
-        elif tag == "tr":
-            self.rows.append([])
-        elif tag in ("td", "th"):
-            self.rows[-1].append("")
-            self.cell = True
+        if tag not in ("meta", "link", "img", "br"):
+            self.open.append(tag)
 
     def handle_endtag(self, tag):
-        if tag in ("td", "th"):
-            self.cell = False
-
-    def handle_data(self, data):
-        if self.cell:
-            self.rows[-1][-1] += data
+        assert self.open.pop() == tag
 
 
-def one(x):
-    return "-" if x is None else f"{x:.1f}"
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """made(name, scores, key=value, ...) writes the files of a finished run; returns its folder."""
+    monkeypatch.chdir(tmp_path)
+    make_data(tmp_path)
 
-
-def test_every_number_is_that_of_the_results_and_the_log(finished):
-    page = Page(finished / "report.html")
-    check_scores(page, json.loads((finished / "results.json").read_text()))
-    check_stages(page, log(finished))
-    changed = {row[0]: row[2] for row in page.tables[3][1:]}
-    assert changed["warmup.steps"] == "6"
-    assert changed["crop"] == "[32, 40]"
-    assert "momentum" not in changed
-
-    # nothing but itself: no script, no address; the pictures are inside and described
-    text = (finished / "report.html").read_text(encoding="utf-8")
-    assert len(text) < 3e6
-    assert "<script" not in text
-    links = [a.get(key) for _, a in page.tags for key in ("src", "href", "xlink:href")]
-    assert all(re.match("data:|#", link) for link in links if link)
-    images = [a for tag, a in page.tags if tag == "img"]
-    assert len(images) >= 2 * 6 + 3 + 4 + 7
-    assert all(a["src"].startswith("data:image/webp;base64,") and a["alt"] for a in images)
-    ids = [a["id"] for _, a in page.tags if "id" in a]
-    assert len(ids) == len(set(ids))
-
-    # the pictures themselves: the consensus is where both judges agree
-    paths = (finished / "samples/selftrain").glob("*.png")
-    sample = {path.stem: read_image(path) for path in paths}
-    agree = (sample["probability_labels"] == sample["feature_labels"]).all(-1, keepdims=True)
-    expected = np.where(agree, sample["probability_labels"], 0)
-    np.testing.assert_array_equal(sample["pseudo_labels"], expected)
-    colours = {tuple(colour) for colour in sample["truth"].reshape(-1, 3).tolist()}
-    assert colours <= {*map(tuple, CLASSES.values()), (0, 0, 0)}
-    events = EventAccumulator(str(finished / "tensorboard/warmup"), {"images": 0}).Reload()
-    assert [image.step for image in events.Images("warmup/strong_view")] == [4, 6]
-
-
-def check_scores(page, results):
-    """The tables of scores and of classes are those of results.json."""
-    low, high = results["source_only"]["miou"], results["oracle"]["miou"]
-    head, *rows = page.tables["scores"]
-    assert head == ["stage", "mIoU", "pixel accuracy", "teacher's mIoU", "gap closed"]
-    for (stage, entry), row in zip(results.items(), rows, strict=True):
-        share = 100 * (entry["miou"] - low) / (high - low) if high > low else None
-        share = "-" if share is None or stage in ("source_only", "oracle") else f"{share:.0f}%"
-        figures = [one(entry.get(key)) for key in ("miou", "pixel_accuracy", "teacher_miou")]
-        assert row == [TITLES.get(stage, stage), *figures, share]
-
-    _, *rows = page.tables["classes"]
-    stages = ("source_only", "selftrain", "oracle")
-    for name, row in zip(CLASSES, rows, strict=True):
-        old, new, oracle = (results[stage]["iou"][name] for stage in stages)
-        mark = "▲" if new - old > 0.05 else "▼" if new - old < -0.05 else "="
-        assert row == [name, one(old), one(new), f"{mark} {new - old:+.1f}", one(oracle)]
-
-
-def check_stages(page, lines):
-    """The table of stages, and what is told of the pseudo-labels, are those of log.jsonl."""
-    _, *rows = page.tables["stages"]
-    assert len(rows) == 6
-    for title, *row in rows:
-        stage = next((stage for stage, words in TITLES.items() if words == title), title)
-        own = [line for line in lines if line["stage"] == stage]
-        steps = [line for line in own if "step" in line and "loss" in line]
-        seconds = [line["seconds"] for line in own if "finished" in line][-1]
-        memory, last = max(line["memory_gb"] for line in steps), steps[-1]
-        expected = [str(last["step"]), one(seconds / 60), one(last["images_per_second"])]
-        assert row == [*expected, f"{memory:.2f}", f"{last['loss']:.3f}"]
-    last = [line for line in lines if line["stage"] == "selftrain" and "step" in line][-1]
-    labels = [a.get("aria-label", "") for _, a in page.tags]
-    spoken = next(label for label in labels if "its precision" in label)
-    for key, words in (("kept", "kept by the consensus"), ("precision", "its precision")):
-        assert f"{words} {100 * last[key]:.1f}%" in spoken
-
-
-def test_several_runs_with_mean_and_spread(finished, run):
-    folders = [finished, finished.parent / "other", finished.parent / "feature"]
-    results = json.loads((finished / "results.json").read_text())
-    for n, folder in enumerate(folders[1:], 1):
-        shutil.copytree(finished, folder)
-        for entry in results.values():
-            entry["miou"] += n
+    def make(name, scores, *overrides):
+        folder, results, lines = tmp_path / "runs" / name, {}, []
+        for k, (stage, miou) in enumerate(scores.items()):
+            scored = {"miou": miou, "pixel_accuracy": 80.0, "teacher_miou": 49.0}
+            scored["iou"] = dict(zip(CLASSES, (miou, None, 9.0), strict=True))
+            results[stage] = {"agreement": 70.0 + k} | (scored if miou else {})
+            step = {"step": 6, "loss": 2.0 - k / 4, "lr": 1e-3, "memory_gb": 1.5, "kept": 0.9}
+            lines.append({"stage": stage, "images_per_second": 9, **step})
+            lines.append({"stage": stage, "finished": 6, "seconds": 24.0, "date": "2030-01-02"})
+            for i in (4, 5):  # nothing is known of image 5
+                label = read_image(tmp_path / f"camera/gtFine/val/b/b_{i}_gtFine_labelIds.png")
+                painted = np.zeros_like(label)
+                painted[label[..., 0] == (7 if i == 4 else 1)] = CLASSES["road"]
+                save(folder / f"predictions/{stage}/b/b_{i}_leftImg8bit.png", painted)
+        config = plain(load_config("test.yaml", [f"name={name}", *overrides]))
+        del config["compile"], config["evaluation"]["pictures"]  # as of an older version
+        (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         (folder / "results.json").write_text(json.dumps(results))
-    config = (folders[2] / "config.yaml").read_text()
-    (folders[2] / "config.yaml").write_text(config.replace("labels: consensus", "labels: feature"))
-    config = (folders[1] / "config.yaml").read_text()
-    (folders[1] / "config.yaml").write_text(config.replace("seed: 0", "seed: 1"))
-    ok(run("tools.report", *folders))
-    page = Page(finished.parent / "comparison.html")
-    results = [json.loads((folder / "results.json").read_text()) for folder in folders]
-    read = [entry["selftrain"]["miou"] for entry in results]
-    row = next(row for row in page.tables[0] if row[0] == "self-training")
-    mean, spread = statistics.mean(read[:2]), statistics.stdev(read[:2])
-    expected = f"{mean:.1f} ± {spread:.1f}{one(read[0])} {one(read[1])} "
-    assert row == ["self-training", expected, one(read[2])]
-    assert page.tables[0][0] == ["stage", "test, other", "feature"]
-    assert ["selftrain.labels", '"consensus"', '"feature"'] in page.tables[list(page.tables)[-1]]
+        (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"stage": "wa')
+        return folder
+
+    return make
 
 
-def test_a_run_without_labels_to_score_with_has_pictures(dataset, run):
-    config = (dataset / "test.yaml").read_text()
-    (dataset / "test.yaml").write_text(config.replace("road:", "'<script>road':"))
-    ids = "{7: <script>road, 26: car, 23: sky, 0: null}"
-    given = ("val.root=null", f"source.ids={ids}", "warmup.crdomix=false")
-    ok(run("warmup", *given))
-    ok(run("evaluate", *given))
-    ok(run("tools.report", dataset / "runs/test"))
-    text = (dataset / "runs/test/report.html").read_text(encoding="utf-8")
-    page = Page(dataset / "runs/test/report.html")
+def test_a_run_with_labels(made):
+    folder = made("one", SCORES)
+    main("tools.report", folder)
+    page = Page(folder / "report.html")
+    assert page.tables["scores"][2] == ["warm-up", "50.0", "80.0", "49.0", "50%"]
+    assert page.tables["classes"][1][1:] == ["30.0", "60.0", "▲ +30.0", "70.0"]
+    assert page.tables["classes"][2][1:] == ["-"] * 4
+    # 6 steps of 2 images in 24 seconds
+    assert page.tables["stages"][2] == ["warm-up", "6", "0.4", "0.5", "1.50", "1.750"]
+    assert page.tables["data"][2] == ["target", "camera/leftImg8bit/train", "4", "64 \u00d7 48"]
+    assert sum(float(row[1]) for row in page.tables["shares"][1:]) == pytest.approx(100, abs=0.1)
+    for words in ("2030-01-02; 2 minutes", "runs/one/selftrain.pth", "The warm-up has 6 steps"):
+        assert words in page.text
+    assert "Without labels" not in page.text
+    losses = re.findall("<h3>Loss: (.*?)</h3>", page.text)
+    assert losses == ["source only, oracle", "warm-up", "self-training"]
+    files = re.findall('<p class="file">b/b_(.*?)_.*accuracy (.*?)%', page.text)
+    assert [name for name, _ in files] == ["4", "5", "5", "4"]  # evenly chosen, the lowest first
+    assert files[1][1] == "0"
+    assert len(re.findall('<img src="data:image/webp;base64,[^"]*" alt="[^"]', page.text)) == 4 * 6
+
+
+def test_a_run_without_labels(made):
+    folder = made("two", {"warmup": None, "<script>": None, "selftrain": None}, "val.root=null")
+    main("tools.report", folder)
+    page = Page(folder / "report.html")
     assert "scores" not in page.tables
-    assert sum(tag == "img" for tag, _ in page.tags) == 4 * 2 + 3
-    assert "<script" not in text
-    assert "&lt;script&gt;road" in text
+    assert "Without labels, self-training is the one to use. Agreement" in page.text
+    assert "&lt;script&gt; 71.0" in page.text
 
 
-def test_the_log_of_a_stage_that_went_on_or_began_anew(tmp_path):
-    losses = ((2, 9.0), (4, 8.0), (6, 7.0), (4, 8.0))
-    lines = [{"stage": "warmup", "step": step, "loss": loss} for step, loss in losses]
-    validation = {"stage": "warmup", "step": 4, "val_miou_student": 1.0}
+def test_several_runs_and_their_tables(made, capsys):
+    runs = [
+        made("one", SCORES),
+        made("two", SCORES | {"selftrain": 64.0}, "seed=1", "translation.images=x"),
+    ]
+    runs.append(made("odd_one", {"selftrain": 61.0}, "selftrain.labels=feature"))
+    main("tools.report", *runs)
+    page = Page(runs[0].parent / "comparison.html")
+    assert page.tables[0][0] == ["stage", "one, two", "odd_one"]
+    assert page.tables[0][3] == ["self-training", "62.0 ± 2.860.0 64.0 ", "61.0"]
+    assert page.tables[3][1:] == [["selftrain.labels", "&#34;consensus&#34;", "&#34;feature&#34;"]]
+    assert (page.text.count("rgb("), page.text.count("<svg")) == (2, 1)  # two classes have scores
+    tables = {}
+    for form in ("md", "latex", "csv"):
+        capsys.readouterr()
+        main("tools.report", *runs, "--format", form)
+        tables[form] = capsys.readouterr().out.splitlines()
+    assert tables["md"][4].startswith("| one | self-training | 2 | 62.0 ± 2.8 | - | 9.0 ± 0.0 |")
+    assert tables["latex"][-3] == r"odd\_one & self-training & 1 & 61.0 & - & 9.0 & 61.0 & - \\"
+    assert tables["latex"][6].endswith(r" & 62.0 $\pm$ 2.8 & 80.0 $\pm$ 7.1 \\")
+    assert list(csv.DictReader(tables["csv"]))[2]["mIoU deviation"] == "2.828"
+
+
+def test_the_log_of_a_stage_that_went_on_or_was_cut_off(tmp_path):
+    lines = [{"stage": "warmup", "step": step, "loss": 9 - step} for step in (2, 4, 6, 4)]
     path = tmp_path / "log.jsonl"
-    path.write_text("\n".join(map(json.dumps, [*lines, validation])))
+    path.write_text("\n".join(map(json.dumps, lines)) + '\n{"stage": "warmup", "fini')
     assert read_log(path) == {"warmup": ([lines[0], lines[3]], None)}
-    ended = {"stage": "warmup", "finished": 6, "seconds": 1.0}
-    path.write_text("\n".join(map(json.dumps, [*lines, ended])))
-    assert read_log(path)["warmup"] == ([lines[0], lines[3]], ended)
-    assert read_log(tmp_path / "missing") == {}
 
 
-def test_what_is_no_run(run):
-    refused(run("tools.report", "runs/nothing"), "runs/demo")
+def test_what_a_stage_logs(made, tmp_path, capsys, monkeypatch):
+    config = load_config("test.yaml", ["stages=[translate, warmup, selftrain]"])
+    later = later_stages(config)  # 4 steps of 1, 6 of 2, twice 4 of 2 that take 1.6 times as long
+    expected = {"selftrain": 0, "selftrain_round1": 1, "warmup": 25.6 / 12, "translator": 37.6 / 4}
+    assert later == pytest.approx(expected)
+    monkeypatch.setenv("LATER_STAGES", json.dumps(later))
+    figures = Figures(tmp_path, "warmup", torch.device("cpu"))
+    figures.start(0, 1, 2)
+    figures.add(loss=torch.tensor(3.0))
+    figures.done = 1
+    figures.advance(True)
+    figures.finish("warmup.pth")
+    assert "0.0 min left, about 0 min left of the run" in capsys.readouterr().out
+    assert log(tmp_path)[-1]["date"].startswith("20")
+    events = EventAccumulator(str(tmp_path / "tensorboard/warmup")).Reload()
+    assert events.Tags()["scalars"] == ["loss"]
 
 
-def test_a_run_of_a_version_with_fewer_keys(finished, run):
-    config = yaml.safe_load((finished / "config.yaml").read_text())
-    changed(finished / "warmup.pth", lambda saved: saved["config"].pop("compile"))
-    del config["compile"], config["evaluation"]["tile"]
-    (finished / "config.yaml").write_text(yaml.safe_dump(config))
-    ok(run("evaluate", "--cfg", "", "--weights", finished / "warmup.pth"))
-    (finished / "report.html").unlink()
-    ok(run("tools.report", finished))
-    assert (finished / "report.html").exists()
-
-
-# ---------------------------------------------------------------- the tables of the docs
-
-
-def test_every_table_has_the_figures_of_its_runs():
+def test_the_tables_of_the_docs_and_names(tmp_path):
     for path, text in pages(ROOT).items():
         assert path.read_text(encoding="utf-8") == text, f"{path}: python -m tools.entries"
-
-
-def test_the_pairs_that_agreement_ranks(tmp_path):
+    assert title("selftrain_round2_on_night") == "self-training round 2 on night"
     found = {"source_only": (30, 80), "warmup": (40, 85), "selftrain": (45, 83), "oracle": (60, 70)}
     results = {stage: {"miou": miou, "agreement": x} for stage, (miou, x) in found.items()}
-    runs = [{"folder": tmp_path / name, "results": results} for name in ("a", "b")]
-    rows = [*agreements(runs)][2:]
+    rows = [*agreements([{"folder": tmp_path / "a", "results": results}])][2:]
     networks = "source_only 30.0, warmup 40.0, selftrain 45.0"
-    assert rows[0] == ("a", networks, "80.0, 85.0, 83.0", "2 of 3")
-    assert rows[2][3] == "4 of 6"
-    results["warmup"]["agreement"] = results["selftrain"]["agreement"] = None
-    assert [*agreements(runs)][2:] == [("all", "", "", "0 of 0")]  # one network ranks nothing
+    assert rows == [("a", networks, "80.0, 85.0, 83.0", "2 of 3"), ("all", "", "", "2 of 3")]

@@ -15,23 +15,13 @@ from pathlib import Path
 from engine.command import Parser, command
 from engine.config import UserError
 from engine.files import write_text
-from tools.report import REFERENCES, gap_closed, read_run
+from evaluate import STAGES
+from tools.runs import REFERENCES, gap_closed, read_run, title
 
 ROOT = Path(__file__).parent.parent
 KEPT = ("config.yaml", "environment.json", "results.json", "log.jsonl")
 PAGES = ("README.md", "docs/results.md")
 MARK = re.compile(r"(<!-- entries: (.+) -->\n)(?:\n?\|.*\n)*")
-WORDS = {
-    "source_only": "source only: trained on the source's labels alone",
-    "source_strong": "source only, on strong views",
-    "dacs": "DACS",
-    "daformer": "DAFormer",
-    "mic": "MIC",
-    "warmup": "DiGA, after the warm-up",
-    "selftrain_round1": "DiGA, after the first round of self-training",
-    "selftrain": "DiGA, after the last round",
-    "oracle": "oracle: trained on the target's labels",
-}
 COLUMNS = ("entry", "source → target", "network", "source only", "warm-up", "self-training")
 COLUMNS += ("oracle", "closed", "hours", "commit")
 
@@ -89,8 +79,10 @@ def stages(runs):
     if len(set(heads)) < len(runs):
         heads = [run["folder"].name for run in runs]
     rows = [["mIoU", *heads], ["---"] * (len(runs) + 1)]
-    there = [s for s in WORDS if any(s in run["results"] for run in runs)]
-    rows += [[WORDS[stage], *(figure(run, stage) for run in runs)] for stage in there]
+    there = [s for s in STAGES if any(s in run["results"] for run in runs)]
+    for stage in there:
+        method = "DiGA, " if stage.startswith(("warmup", "selftrain")) else ""
+        rows.append([method + title(stage), *(figure(run, stage) for run in runs)])
     if set(REFERENCES) <= set(there):
         rows.append(["share of the gap that is closed", *map(closed, runs)])
     return rows
@@ -101,7 +93,7 @@ def agreements(runs):
     yield from (("entry", "networks by their mIoU", "agreement", "pairs ranked"), ["---"] * 4)
     sums = [0, 0]
     for run in runs:
-        scores = {stage: run["results"][stage] for stage in WORDS.keys() & run["results"].keys()}
+        scores = {stage: run["results"][stage] for stage in STAGES if stage in run["results"]}
         scores.pop("oracle", None)
         found = [(e["miou"], e.get("agreement"), stage) for stage, e in scores.items()]
         found = sorted(entry for entry in found if None not in entry)

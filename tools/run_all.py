@@ -41,9 +41,11 @@ def main():
 
 def commands(path, overrides, imported=None):
     """Yield (module, its arguments) of each stage, the evaluation, the report. Raises UserError."""
-    cfg, first = load_config(path, overrides), ["--import", imported] if imported else []
-    for stage in [*cfg.stages, "evaluate"]:
-        print(f"== {stage}", flush=True)
+    cfg = load_config(path, overrides)
+    first = ["--import", imported] if imported else []
+    stages = [*cfg.stages, "evaluate"]
+    for number, stage in enumerate(stages, 1):
+        print(f"== {stage} ({number} of {len(stages)})", flush=True)
         module, *more = STAGES[stage]
         yield module, [*more, *first, "--cfg", str(path), *overrides]
     yield "tools.report", [str(Path(cfg.output) / cfg.name)]
@@ -51,7 +53,8 @@ def commands(path, overrides, imported=None):
 
 def run(module, line):
     """Run a command in a process of its own, and pass SIGTERM on; exit unless it succeeds."""
-    count, start = int(os.environ.get("NPROC") or 1), []
+    count = int(os.environ.get("NPROC") or 1)
+    start = []
     if count > 1 and module not in ("tools.make_demo_data", "tools.report"):
         start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     # by its path: a user may stand in a folder that has a module of the same name
