@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torchvision
-from conftest import LONG
+from conftest import CLASSES, LONG
 from torch import nn
 
 import models
@@ -123,6 +123,17 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     path.write_text("<!DOCTYPE html>")  # a login page in place of a download
     with pytest.raises(UserError, match=r"weights\.pth: is no checkpoint.*DOCTYPE"):
         segmenter(weights=str(path))
+
+
+def test_a_network_of_other_classes_is_refused(finished, config):
+    path = finished / "warmup.pth"
+    names = list(CLASSES)
+    assert models.load_segmenter(path, config())[0] is not None
+    turned = config(f"classes={[names[1], names[0], names[2]]}")
+    with pytest.raises(UserError, match="other classes, in another order: road, car, sky; set"):
+        models.load_segmenter(path, turned)
+    with pytest.raises(UserError, match="other classes: road, car, sky; set"):
+        models.load_segmenter(path, config(f"classes={names[:2]}", "source.ids=cityscapes"))
 
 
 def test_ema_moves_parameters_and_copies_buffers():
