@@ -25,7 +25,7 @@ def test_the_authors_student_gives_the_authors_output(run, tmp_path):
     state = authors_state_dict(GOLDEN / "authors_student_keys.json")
     torch.save(state, tmp_path / "student.pth")
     files = tmp_path / "student.pth", "--out", tmp_path / "ours.pth"
-    with pytest.raises(UserError, match="no segmentation network.*tools/convert.py makes one"):
+    with pytest.raises(UserError, match=r"no segmentation network.*tools/convert\.py makes one"):
         models.load(files[0])
     ok(run("tools.convert", "student", *files, *CFG))
     model = models.load(tmp_path / "ours.pth").network

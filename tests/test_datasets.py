@@ -10,8 +10,8 @@ from PIL import Image
 import datasets
 from datasets import Crops, Images, Whole
 from engine import folders
-from engine.folders import Aligned
 from engine.config import UserError
+from engine.folders import Aligned
 from engine.images import read_image, read_label, resize
 from engine.loop import Run
 
@@ -319,7 +319,7 @@ def test_a_translation_of_twice_the_size_gives_the_same_place(dataset, config):
         assert np.abs(apart).max() <= 6  # a pixel is 4 and 3
         assert np.abs(apart.mean((0, 1))).max() < 2
     save(dataset / "translated/00000.png", resize(image, (60, 120)))
-    with pytest.raises(UserError, match="translated for 00000.png: is 120x60, but 80x60"):
+    with pytest.raises(UserError, match=r"translated for 00000\.png: is 120x60, but 80x60"):
         [crops(cfg, 20, aligned=aligned)[n] for n in range(20)]
 
 

@@ -1,4 +1,4 @@
-"""docs/extending.md: its blocks of code, applied to a copy of the repository, work as they stand."""
+"""docs/extending.md: its blocks of code, applied to a copy of the repository, work."""
 
 import re
 import shutil

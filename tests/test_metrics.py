@@ -75,9 +75,7 @@ def test_synthias_means_over_16_and_13_classes(maps):
     assert scores["miou_16"] != scores["miou"]
 
 
-def test_agreement_is_the_share_of_pixels_of_one_class_at_full_and_half_size(
-    tmp_path, monkeypatch
-):
+def test_agreement_is_the_share_of_pixels_of_one_class_at_full_and_half_size(tmp_path, monkeypatch):
     """On some images of unequal sizes, of a network in single precision."""
     rng = np.random.default_rng(0)
     shapes = [(96, 130), (101, 96), (96, 96)]
