@@ -3,6 +3,7 @@
 import argparse
 import runpy
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ def command(main):
     """
     try:
         processes.join()
-        main()
+        main_without_frames(main)
     except UserError as error:  # a DataLoader worker's holds its traceback, the message at its end
         sys.exit(tell(str(error).rpartition("UserError: ")[2], 2))
     except torch.OutOfMemoryError:
@@ -45,6 +46,18 @@ def command(main):
         files.unlock_all()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def main_without_frames(main):
+    """Call main(); clear the frames of what it raises: they hold the DataLoaders' workers.
+
+    Python would end these by SIGTERM, which they ignore, and wait for them for ever.
+    """
+    try:
+        main()
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
 
 
 def tell(error, code):
