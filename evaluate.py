@@ -88,14 +88,17 @@ class Video(Folder):
         self.restart()
         self.rate = self.capture.get(cv2.CAP_PROP_FPS) or 25
         expected = int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        found, frame = self.capture.read()
+        if not found:
+            raise UserError(f"{path}: no folder of images, no image, no video that OpenCV plays")
+        self.size = frame.shape[:2]
+        self.next = 1
         while self.capture.grab():
             self.next += 1
-        if not self.next:
-            raise UserError(f"{path}: no folder of images, no image, no video that OpenCV plays")
         if self.next < expected:
             warn(f"{path}: {self.next} of {expected} frames can be read")
         self.names = [f"{self.path.stem}_{i:06d}.png" for i in range(self.next)]
-        self.capture = None  # it cannot be sent to a DataLoader worker
+        self.capture = None  # each DataLoader worker opens its own: a forked one hangs
 
     def restart(self):
         self.capture = cv2.VideoCapture(str(self.path))
@@ -114,7 +117,7 @@ class Video(Folder):
 def open_film(path, video):
     """Return an OpenCV writer of an MP4 file for pictures of a video's size, or UserError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    height, width = video.image(0).shape[:2]
+    height, width = video.size
     code = cv2.VideoWriter_fourcc(*"mp4v")
     writer = cv2.VideoWriter(str(path), code, video.rate, (width, height))
     if not writer.isOpened():

@@ -84,7 +84,7 @@ def require_same(path, saved, cfg, section, inputs):
             changes.append(f"{key} = {one_line(old[key])} instead of {one_line(value)}")
     for name, now in inputs.items():
         before = saved.get("inputs", {}).get(name, now)  # an earlier release noted fewer
-        files = {line.split()[0] for line in {*before.split("\n")} ^ {*now.split("\n")}}
+        files = {line.rsplit(" ", 2)[0] for line in {*before.split("\n")} ^ {*now.split("\n")}}
         if "\n" in now and files:
             changes.append(f"other {name} images: {len(files)} files changed, as {min(files)}")
         elif files:

@@ -61,7 +61,7 @@ def test_a_signal_ends_a_stage_after_the_step_with_a_checkpoint(dataset, process
     found, _, err = command.end()
     assert found == code, err
     assert len(err.splitlines()) == 1
-    assert f"stopped by {number.name}; the same command goes on" in err
+    assert f"stopped by signal {number.value}; the same command goes on" in err
     saved = state(dataset / "runs/test/warmup.unfinished.pth")
     assert 0 < saved["step"] < 400
     assert log(path.parent)[-1]["step"] == saved["step"]
@@ -74,7 +74,7 @@ def test_two_commands_in_one_folder(dataset, process):
     second = process("warmup", *options, "warmup.steps=2").end()
     first.kill()
     first.end()
-    refused(second, f"process {first.pid} on")
+    refused(second, "runs/test: another process is at work here; wait until it ends")
     (dataset / "runs/test/warmup.unfinished.pth").unlink(missing_ok=True)
     ok(process("warmup", *options, "warmup.steps=2").end())  # the dead hold no lock
 
@@ -141,3 +141,11 @@ def test_a_forced_run_replaces_a_result_only_by_a_finished_one(finished, run, pr
     ok(run("warmup", "--force", "warmup.crdomix=false", "log_every=1"))
     assert log(finished)[before]["step"] == 1
     assert json.dumps(steps) == json.dumps(log(finished)[: len(steps)])
+
+
+def test_a_fault_of_the_code_is_a_traceback_and_waits_for_no_worker(dataset, process):
+    (dataset / "fault.py").write_text("import models\nmodels.ema_update = None\n")
+    options = ("warmup.crdomix=false", "workers=1", "--import", "fault.py")
+    code, _, err = process("warmup", *options).end(60)
+    assert code == 1
+    assert "TypeError: 'NoneType' object is not callable" in err

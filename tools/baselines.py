@@ -64,7 +64,9 @@ def train(run, method, labelled, target):
         rare = cfg.rare_classes
     elif method in ADAPTING[1:]:
         rare = TEMPERATURE
-    images, domains = {domain: labelled}, [domain] if method in PLAIN else cfg.bn_recalibrate
+    images, domains = {domain: labelled}, cfg.bn_recalibrate
+    if method in PLAIN and domains:
+        domains = [domain]
     crops = {"labelled": Crops(cfg, run.stage, domain, labelled, batch, total, rare=rare)}
     if adapts:
         images["target"] = target.check()

@@ -292,7 +292,7 @@ def make_files(cfg, folder, count=4):
             write_image(root / f"pseudo/{i}.png", label)
         keys = f"root={root}", "layout=folder", "split=null", "ids=index", "list=null"
         overrides += [f"{domain}.{key}" for key in keys]
-    run = "name=bench bn_images=1 val_every=0 workers=0 model.weights=null"
+    run = "name=bench bn_images=1 workers=0 model.weights=null"
     return [*overrides, *run.split(), "selftrain.diagnose=false", "selftrain.rounds=1"]
 
 
