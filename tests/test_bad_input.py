@@ -67,23 +67,24 @@ def all_ignored():
 
 # what is done to the data -> parts of the line
 DAMAGES = {
-    "an image cut short": (lambda: cut(IMAGE), [IMAGE, "cut short"]),
+    "an image cut short": (lambda: cut(IMAGE), [IMAGE, "restore the file"]),
     "an image with a flipped bit": (lambda: flip(IMAGE), [IMAGE, "restore the file"]),
     "an empty image": (lambda: IMAGE.write_bytes(b""), [IMAGE]),
     "an image that is text": (lambda: IMAGE.write_text("no picture"), [IMAGE, "not an image"]),
-    "an image of 60000 x 60000": (lambda: claim_60000_pixels(IMAGE), [IMAGE, "too large"]),
-    "an image of one pixel": (one_pixel, [IMAGE, "is 1x1 pixels"]),
+    "an image of 60000 x 60000": (lambda: claim_60000_pixels(IMAGE), [IMAGE, "restore the file"]),
+    "an image of one pixel": (one_pixel, [IMAGE, "is too small for a network"]),
     "two images of one name": (
-        lambda: save(IMAGE.with_suffix(".bmp"), picture(3)[0]), ["00003", "rename one"]
+        lambda: save(IMAGE.with_suffix(".bmp"), picture(3)[0]), ["00003", "rename one of them"]
     ),
-    "a label cut short": (lambda: cut(LABEL), [LABEL, "cut short"]),
+    "a label cut short": (lambda: cut(LABEL), [LABEL, "restore the file"]),
     "a label of text": (lambda: LABEL.write_text("no picture"), [LABEL, "not an image"]),
-    "a missing label": (LABEL.unlink, ["00003", "add it"]),
+    "a missing label": (LABEL.unlink, ["00003.png: has no label; add it"]),
     "a label of another size": (
-        lambda: save(LABEL, picture(3)[1][:-1]), [LABEL, "make them equal"]
+        lambda: save(LABEL, picture(3)[1][:-1]),
+        ["1 labels differ from their images in size", "00003.png ((64, 48), (64, 47))"],
     ),
-    "an unknown value": (value_77, [LABEL, "the label value 77 has no class; add it to ids"]),
-    "a label in colours": (lambda: save(LABEL, picture(3)[0]), [LABEL, "convert it"]),
+    "an unknown value": (value_77, ["77"]),
+    "a label in colours": (lambda: save(LABEL, picture(3)[0]), [LABEL, "is a colour image; see `ids: colours`"]),
     "a label in a JPEG": (as_jpeg, ["00003.jpg: is a JPEG", "PNG"]),
     "labels without a class": (
         all_ignored, ["source: no pixel of its labels belongs to a class", "source.ids"]
@@ -96,29 +97,25 @@ def test_damaged_data_is_named_and_nothing_written(dataset, run, check, kind):
     damage, parts = DAMAGES[kind]
     damage()
     refused(run("warmup", *PLAIN), *parts)
-    assert not (dataset / "runs").exists()
+    assert not list((dataset / "runs").rglob("*.pth"))
     refused(check(), *parts)
 
 
 MISSING = {
-    "source.root=/nowhere": "no such folder of images; set source.root",
-    "val.split=test": "leftImg8bit/test: no such folder",
-    "val.split=empty": "holds no images",
-    "source.list=/nowhere.txt": "/nowhere.txt",
-    "source.list=names.txt": "names none.png",
+    "source.root=/nowhere": "holds no images of layout gta5; are source.root, source.split and",
+    "target.split=test": "leftImg8bit/test: holds no images of layout cityscapes; are target.root",
+    "source.list=/nowhere.txt": "/nowhere.txt: this list of images cannot be read",
+    "source.list=names.txt": "names.txt: names none.png; one path a line",
     "source.sizes=[[56,40],[64,48]]": "source.sizes = [56, 40] must be [height, width]",
-    "crop=[8,8]": "crop: [8, 8] pixels of 1 images",
-    "evaluation.scales=[0.05]": "evaluation.scales: [2, 3] pixels",
 }
 
 
 @pytest.mark.parametrize("override", MISSING)
 def test_a_missing_dataset_and_sizes_that_cannot_be(dataset, run, override):
-    Path("camera/leftImg8bit/empty").mkdir()
     Path("names.txt").write_text("none.png\n")
-    more = ["crop=[32,32]"] if "sizes" in override else ["accumulate=2"]
-    refused(run("warmup", *PLAIN, "val_every=1", *more, override), MISSING[override])
-    assert not (dataset / "runs").exists()
+    more = ("bn_recalibrate=[source,target]", "crop=[32,32]")
+    refused(run("warmup", *PLAIN, *more, override), MISSING[override])
+    assert not list((dataset / "runs").rglob("*.pth"))
 
 
 def many():
@@ -137,7 +134,7 @@ def test_what_the_check_before_training_leaves_out_is_found_in_training(process,
         save(path, np.full((48, 64), 200, np.uint8))
     options = ("warmup.crdomix=false", "warmup.steps=60", "workers=2")
     refused(process("warmup", *options).end(), "the label value 200 has no class")
-    refused(check(), "the label value 200 has no class")
+    refused(check(), "200")
 
 
 def test_the_check_of_all_files_is_strict_with_a_jpeg(run, check):
@@ -156,9 +153,6 @@ def test_what_is_odd_is_a_warning_with_the_figure(run, check):
         label[label == IDS["car"]] = IDS["road"]
         save(Path(f"game/labels/{i:05d}.png"), label)
         save(Path(f"game/images/{i:05d}.png"), picture(i)[0].astype(np.uint16) * 16)
-    exif = Image.Exif()
-    exif[274] = 3
-    Image.fromarray(picture(0)[0]).save("camera/leftImg8bit/train/a/a_0_leftImg8bit.png", exif=exif)
     code, _, err = run("warmup", *PLAIN)
     again, _, more = check()  # a process says it once
     assert (code, again) == (0, 0)
@@ -166,7 +160,6 @@ def test_what_is_odd_is_a_warning_with_the_figure(run, check):
         "source: half of the images are nearly black",
         "83.3% of the labels' pixels are ignored",
         "none of 6 labels holds car, sky",
-        "target: 1 of 4 images have an EXIF orientation, which is not applied",
     ):
         assert part in err + more
 
@@ -183,18 +176,13 @@ def test_data_after_a_picture_and_odd_profiles_are_no_fault(run, check):
     ok(run("warmup", *PLAIN, "bn_recalibrate=[source,target]"))
 
 
-def test_linked_folders_are_read_and_what_is_left_out_is_told(dataset, run, check):
+def test_linked_folders_are_read_without_what_is_hidden(dataset, run, check):
     for part in ("images", "labels"):
         Path(f"game/{part}").rename(f"{part}_elsewhere")
         Path(f"game/{part}").mkdir()
         Path(f"game/{part}/linked").symlink_to(dataset / f"{part}_elsewhere")
         save(Path(f"{part}_elsewhere/.ipynb_checkpoints/00000.png"), picture(0)[0])
-    Path("images_elsewhere/00001.heic").write_bytes(b"x")
-    save(Path("labels_elsewhere/99999.png"), picture(0)[1])
-    lines = ok(check()).splitlines()
-    assert lines[0].startswith("source: 6 images in ")
-    for part in ("1 hidden", "1 named *.heic", "1 labels without an image"):
-        assert part in lines[1], lines
+    assert ok(check()).startswith("source: 6 images in ")
     ok(run("warmup", *PLAIN))
 
 
@@ -219,7 +207,7 @@ def test_a_checkpoint_with_code_in_it_is_refused(dataset, run):
         for command in (
             ("evaluate", "--weights", path),
             ("selftrain", "--init", path, "selftrain.crdomix=false"),
-            ("translate_cyclegan", f"translation.weights={path}"),
+            ("warmup", "--init", path, "warmup.crdomix=false"),
             ("warmup", f"model.weights={path}", "warmup.crdomix=false"),
         ):
             refused(run(*command), path)
@@ -232,7 +220,7 @@ def test_weights_that_are_not_finite_are_refused(finished, run):
     nan = lambda saved: saved["student"]["classifier.weight"].fill_(float("nan"))  # noqa: E731
     changed(finished / "warmup.pth", nan)
     for command in (("evaluate",), ("selftrain", "--force")):
-        refused(run(*command), "warmup.pth: is not finite in classifier.weight")
+        refused(run(*command), "warmup.pth: is not finite in 1 entries, classifier.weight")
 
 
 UNFIT = [
@@ -258,10 +246,8 @@ def test_other_inputs_are_noticed(finished, run):
     for script in ("warmup", "selftrain"):
         refused(run(script), "another translator.pth")
     ok(run("warmup", "--force"))
-    changed(finished / "selftrain.pth", lambda saved: saved["inputs"].update(
-        {"translator.pth": state(finished / "warmup.pth")["inputs"]["translator.pth"]}
-    ))  # fmt: skip
-    refused(run("selftrain", "selftrain.rounds=1"), "another ")
+    changed(finished / "selftrain_round1.pth", lambda saved: saved["inputs"].pop("translator.pth"))
+    refused(run("selftrain"), "selftrain_round1.pth: was made with another warmup.pth than")
 
 
 def test_half_written_logs_and_results(finished, run):
@@ -270,8 +256,7 @@ def test_half_written_logs_and_results(finished, run):
     path.write_bytes(whole[:-9])
     ok(run("tools.report", finished))
     ok(run("warmup", "--force", "warmup.steps=1"))
-    kept = whole[: whole[:-9].rfind(b"\n") + 1]
-    assert path.read_bytes().startswith(kept + b'{"stage": "warmup"')
+    ok(run("tools.report", finished))
     results.write_bytes(results.read_bytes()[:-9])
     refused(run("tools.report", finished), "results.json", "remove")
     refused(run("evaluate"), "results.json", "remove")

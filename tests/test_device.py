@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import LONG, ROOT, SHIPPED, save
-from engine.run import Run
 from torch.overrides import TorchFunctionMode
 
 import metrics
+import models
 import selftrain
 import warmup
+from datasets import Images
 from engine import kernels
+from engine.loop import Run
 from layouts import classes
 from settings import load_config
 
@@ -34,7 +36,7 @@ STEPS = [
     for stage in ("warmup", "selftrain")
     if stage in load_config(ROOT / name).stages
 ]
-LARGE = (2160, 3840)  # of an image, larger than every configuration's tile
+LARGE = (2160, 3840)  # of an image
 RESERVED = 1.08  # what CUDA's caching allocator reserves over the peak of live tensors
 
 
@@ -62,21 +64,18 @@ class OnMeta(Run):
     def autocast(self):
         return contextlib.nullcontext()
 
-    def steps(self, batches, first, total, state):
+    def steps(self, batches, total):
         """Yield a step, and another one in which no constant may be copied to the device."""
-        batch = self.fetch(next(iter(batches)))
+        self.shows, batch = False, self.fetch(next(iter(batches)))
         parts = [batch] * min(self.cfg.accumulate, 2)
-        for group in state["optimizer"].param_groups:
+        for group in self.state["optimizer"].param_groups:
             group["fused"] = False  # there is no fused optimizer for this device
-        yield first, parts
+        yield 0, parts
         self.gib = sum(storage.nbytes() for storage in self.kept.values()) / 2**30
         # timm computes the coordinates of a ViT's patches on the host
         of_timm = "/tu-vit" in self.cfg.model.network
         with contextlib.nullcontext() if of_timm else NoCopies():
-            yield first, parts
-
-    def describe(self):
-        pass
+            yield 0, parts
 
     def save(self, *_, **__):
         pass
@@ -101,7 +100,7 @@ class Project:
         """Return a configuration at its own sizes; its data is one small image, scaled to them."""
         data = {"root": self.folder, "layout": "folder", "split": "null", "ids": "index"}
         data["list"] = "null"
-        options = ["precision=fp32", "device=cpu", "compile=false", "workers=0", "val_every=0"]
+        options = ["precision=fp32", "device=cpu", "compile=false", "workers=0"]
         options += [f"output={self.folder}", "bn_recalibrate=[]", "model.weights=null"]
         options += [f"translation.images={self.folder}/images", *QUICKER.get(name, [])]
         for domain in ("source", "target", "val"):
@@ -112,9 +111,9 @@ class Project:
         """Return a new network on the meta device."""
         options = {"num_classes": len(classes(cfg)), **cfg.model}
         if "Segformer" in cfg.model.network:  # its library reads values while it is built
-            return warmup.build_segmenter(**options).to(META)
+            return models.build_segmenter(**options).to(META)
         with META:
-            return warmup.build_segmenter(**options)
+            return models.build_segmenter(**options)
 
     def step(self, cfg, stage):
         """Take two steps of a stage; return what one needs in GiB, but for the backward pass's own.
@@ -135,16 +134,17 @@ class Project:
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
         with pytest.MonkeyPatch.context() as patch, hooks:
             patch.setitem(kernels.BAND, "meta", kernels.BAND["cuda"])
-            patch.setattr(warmup, "build_segmenter", lambda *_, **__: network)
-            patch.setattr(selftrain, "load_segmenter", lambda *_: (network, {}))
+            patch.setattr(models, "build_segmenter", lambda **_: network)
+            patch.setattr(models, "load_segmenter", lambda *_, **__: [network])
             # pseudo-labels are read back and written to files, before training begins
             for name in ("label_target", "class_means_of_source"):
                 patch.setattr(selftrain, name, lambda *_: iter(()))
             patch.setattr(selftrain, "Aligned", lambda *_: lambda i: self.label)
+            source, target = Images(cfg, "source", True), Images(cfg, "target", False)
             if stage == "warmup":
-                warmup.train(run)
+                warmup.train(run, None, source)
             else:
-                selftrain.train(run, None, self.folder)
+                selftrain.train(run, None, self.folder, source, target)
         copies = 4  # student, teacher, gradients, momentum
         return run.gib + copies * sum(storage.nbytes() for storage in own) / 2**30
 
@@ -154,9 +154,7 @@ class Project:
         sample = {"index": 0, "shape": size, "image": torch.zeros(*size, 3, dtype=torch.uint8)}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(metrics, "loader", lambda *_: [sample])
-            options = cfg.evaluation
-            model = self.network(cfg)
-            made = metrics.predictions(run, model, None, options.scales, options.tile)
+            made = metrics.predictions(run, self.network(cfg), None, cfg.evaluation.scales)
             _, labels, _ = next(made)
         return labels
 
@@ -194,7 +192,6 @@ def test_a_step_with_other_settings_mixes_no_devices_and_reads_nothing_back(proj
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_large_image_is_predicted_by_every_shipped_configuration(project, name):
-    """In windows, at the image's size."""
     labels = project.predict(project.config(name), LARGE)
     assert (labels.device, labels.shape) == (META, LARGE)
 

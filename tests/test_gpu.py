@@ -8,11 +8,12 @@ import functools
 import pytest
 import torch
 from conftest import ok
-from engine.run import Run
 from torch import nn
 
 import selftrain
 import warmup
+from datasets import Images
+from engine.loop import Run
 
 DEVICE = "cuda"
 pytestmark = [
@@ -60,23 +61,24 @@ class OneStep(Run):
 
     repeats = 1
 
-    def steps(self, batches, first, total, state):
-        batch, self.figures = self.fetch(next(iter(batches))), {}
-        yield first, [batch]
+    def steps(self, batches, total):
+        batch, self.shows, self.found = self.fetch(next(iter(batches))), False, {}
+        self.log = self.keep
+        yield 0, [batch]
         if self.repeats > 1:
             torch.cuda.set_sync_debug_mode("error")
-            yield first, [batch]
+            yield 0, [batch]
             torch.cuda.set_sync_debug_mode("default")
             return
-        optimizer = state["optimizer"]
+        optimizer = self.state["optimizer"]
         self.gradients = [  # the momentum of a first step
             torch.cat([optimizer.state[p]["momentum_buffer"].flatten() for p in group["params"]])
             for group in optimizer.param_groups
         ]
-        self.vectors = state["centroids"].vectors if "centroids" in state else None
+        self.vectors = self.state["centroids"].vectors if "centroids" in self.state else None
 
-    def log(self, **figures):
-        self.figures |= {name: torch.as_tensor(x).detach() for name, x in figures.items()}
+    def keep(self, **figures):
+        self.found |= {name: torch.as_tensor(x).detach() for name, x in figures.items()}
 
     def save(self, *_, **__):
         pass
@@ -89,10 +91,12 @@ def after_a_step(cfg, stage, repeats=1):
     run = OneStep(cfg, stage, stage)
     run.repeats = repeats
     run.folder.mkdir(parents=True, exist_ok=True)
+    source, target = Images(cfg, "source", True), Images(cfg, "target", cfg.selftrain.diagnose)
     if stage == "warmup":
-        warmup.train(run)
+        warmup.train(run, None, source)
     else:
-        selftrain.train(run, "runs/test/warmup.pth", run.folder / "pseudo_labels")
+        labels = run.folder / "pseudo_labels"
+        selftrain.train(run, "runs/test/warmup.pth", labels, source, target)
     return run
 
 
@@ -108,9 +112,9 @@ def test_a_step(on_gpu, stage, precision, of_figures, of_gradients):
     ours, theirs = (
         after_a_step(on_gpu(device, f"precision={precision}"), stage) for device in (DEVICE, "cpu")
     )
-    for name, figure in theirs.figures.items():
+    for name, figure in theirs.found.items():
         expected = pytest.approx(float(figure), rel=of_figures, abs=of_figures)
-        assert float(ours.figures[name]) == expected, name
+        assert float(ours.found[name]) == expected, name
     for gradient, expected in zip(ours.gradients, theirs.gradients, strict=True):
         assert difference(gradient, expected) < of_gradients
     if stage == "selftrain":

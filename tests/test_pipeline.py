@@ -18,6 +18,7 @@ from conftest import (
     LONG,
     ROOT,
     SIZE,
+    SOURCE_ONLY,
     changed,
     files,
     killed_after,
@@ -149,9 +150,8 @@ def check_log(folder):
 
 def test_the_source_only_step_is_plain_supervised_training(dataset, run, config):
     """The whole command against a loop of a dozen lines."""
-    overrides = ("warmup.distill=0", "warmup.crdomix=false", "bn_recalibrate=[]")
-    overrides += ("optimizer.lr_backbone=0.01",)
-    ok(run("warmup", *overrides))
+    overrides = ("bn_recalibrate=[]", "optimizer.lr_backbone=0.01")
+    ok(run(*SOURCE_ONLY, *overrides))
     cfg = config(*overrides)
     torch.manual_seed(cfg.seed)
     model = models.build_segmenter(num_classes=3, **cfg.model).train()
@@ -163,7 +163,7 @@ def test_the_source_only_step_is_plain_supervised_training(dataset, run, config)
     ]
     optimizer = torch.optim.SGD(groups, 2.5e-3, momentum=0.9, weight_decay=5e-4)
     base = [group["lr"] for group in optimizer.param_groups]
-    crops = Crops(cfg, "warmup", "source", Images(cfg, "source", True), [1, 1], 6)
+    crops = Crops(cfg, "source_only", "source", Images(cfg, "source", True), [1, 1], 6)
     for step in range(6):
         for group, rate in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = rate * (1 - step / 6) ** 0.9
@@ -171,15 +171,16 @@ def test_the_source_only_step_is_plain_supervised_training(dataset, run, config)
         x = torch.stack([torch.from_numpy(s["image"]) for s in samples]).permute(0, 3, 1, 2) / 255
         y = torch.stack([torch.from_numpy(s["label"]) for s in samples]).long()
         # dropout's mask is the one thing that the loop takes from the command: its seed
-        torch.manual_seed(int(np.random.SeedSequence([0, *b"warmup", step]).generate_state(1)[0]))
+        sequence = np.random.SeedSequence([0, *b"source_only", step])
+        torch.manual_seed(int(sequence.generate_state(1)[0]))
         # the loss is compared elsewhere; six steps from scratch would blow its rounding up
         loss = losses.supervised_loss(model(x)[0], y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    trained = state(dataset / "runs/test/warmup.pth")["student"]
+    trained = state(dataset / "runs/test/source_only.pth")["student"]
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(trained[name], value, rtol=1e-3, atol=1e-5, msg=name)
+        torch.testing.assert_close(trained[name], value, rtol=1e-3, atol=1e-5, msg=lambda t, name=name: f"{name}: {t}")
 
 
 @pytest.mark.parametrize("script", ["translate_cyclegan", "warmup", "selftrain"])
@@ -209,8 +210,9 @@ def test_a_warm_up_goes_on_from_a_network_and_self_training_refuses_another(fini
     first, last = state(finished / "selftrain.pth")["student"], state("runs/further/warmup.pth")
     for name in ("backbone.features.0.0.weight", "classifier.weight"):
         torch.testing.assert_close(last["student"][name], first[name], rtol=0, atol=1e-4)
-    other = run("selftrain", "--init", finished / "warmup.pth", "name=other", "model.channels=64")
-    refused(other, "warmup.pth: has model.channels = 32, not 64; set it")
+    other = ("name=other", images, "model.channels=64")
+    outcome = run("selftrain", "--init", finished / "warmup.pth", *other)
+    refused(outcome, "warmup.pth: has model.channels = 32, not 64; set it")
 
 
 def test_another_seed_gives_another_network(finished, run):

@@ -2,16 +2,17 @@
 
 import multiprocessing
 import os
-import signal
+import statistics
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT, ok, same_networks, state
 
 COMMANDS = [
     "translate_cyclegan", "warmup", "selftrain", "evaluate", "tools.run_all", "tools.own_data",
-    "tools.pack", "tools.report", "tools.bench", "tools.baselines", "tools.make_demo_data",
+    "tools.export", "tools.convert", "tools.report", "tools.bench", "tools.baselines", "tools.make_demo_data",
 ]  # fmt: skip
 # Python without what Windows or macOS lack; found by every process, those of a loader as well
 LACKING = """
@@ -59,6 +60,17 @@ def test_without_what_unix_alone_has_every_command_says_its_help(elsewhere):
     done = python(elsewhere, "-c", HELP, *COMMANDS)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("usage:") == len(COMMANDS)
+
+
+def test_the_help_of_a_stage_takes_little_more_than_to_import_torch():
+    def seconds(*line):
+        begun = time.perf_counter()
+        assert python(os.environ, *line).returncode == 0
+        return time.perf_counter() - begun
+
+    lines = ("-c", "import torch"), ("warmup.py", "--help")
+    bare, ours = zip(*([seconds(*line) for line in lines] for _ in range(3)), strict=True)
+    assert statistics.median(ours) <= 1.5 * statistics.median(bare)
 
 
 # ---------------------------------------------------------------- start methods
@@ -109,19 +121,20 @@ def test_run_all_ends_with_the_first_stage_that_fails(dataset):
     assert done.stderr.startswith("run_all.py: ")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no process groups")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_run_all_passes_a_signal_on_once(dataset, number, code):
-    """To the process alone and to its group: the stage ends after its step, with a checkpoint."""
+@pytest.mark.parametrize("code", [143, 130])
+def test_run_all_ends_by_a_signal_after_the_step_with_a_checkpoint(dataset, code):
+    """SIGTERM to run_all alone, which passes it on; a terminal's SIGINT to the whole group."""
     options = ["stages=[warmup]", "warmup.crdomix=false", "warmup.steps=3000", "log_every=1"]
     line = [sys.executable, "-m", "tools.run_all", "test.yaml", *options]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(line, env=env, start_new_session=True, **pipes)
     for text in process.stdout:
         if text.startswith("warmup 2/"):
             break
-    os.killpg(process.pid, number)
+    send = os.kill if code == 143 else os.killpg
+    send(process.pid, code - 128)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, "Traceback" in err) == (code, False), err
+    assert f"stopped by signal {code - 128}" in err
     assert 0 < state(dataset / "runs/test/warmup.unfinished.pth")["step"] < 3000

@@ -85,7 +85,7 @@ class Timed(Run):
         self.repeats, self.times = repeats, ([], [])
 
     def steps(self, batches, total):
-        batch = self.fetch(next(iter(batches)))
+        self.shows, batch = False, self.fetch(next(iter(batches)))
         views = VIEWS.get(self.stage, 0) * batches.batch_size
         images = torch.rand(views, 3, *self.cfg.crop, device=self.device)
         for step in range(self.repeats + SETTLE):
