@@ -304,10 +304,8 @@ class Whole(Dataset):
 
 def loader(run, dataset, first=0, batch_size=None, shared=True):
     """Return a DataLoader from sample `first` on; of N processes, each takes every N-th batch."""
-    workers = run.cfg.workers
-    if workers == "auto":  # at most 8: a GPU's steps use up what 3 cores load
-        share = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = min(max(share, 1), 8)
+    share = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    auto = min(max(share, 1), 8)  # a GPU's steps use up what 3 cores load
     samples = np.arange(first, len(dataset))
     if shared:
         mine = (samples - first) // (batch_size or 1) % world() == rank()
@@ -316,7 +314,7 @@ def loader(run, dataset, first=0, batch_size=None, shared=True):
         dataset,
         batch_size,
         sampler=samples.tolist(),
-        num_workers=workers,
+        num_workers=auto if run.cfg.workers == "auto" else run.cfg.workers,
         pin_memory=run.device.type == "cuda",
         worker_init_fn=_set_up_worker,
     )

@@ -101,16 +101,10 @@ def agreement(run, model):
     return 100 * same / pixels
 
 
-def finish(run, crops, student, teacher):
-    """Recalibrate both networks and write them as the stage's result."""
-    recalibrate(run, crops, student, teacher)
-    run.finish(student=student, teacher=teacher)
-
-
-def recalibrate(run, crops, *networks):
-    """Recalibrate batch norm on datasets.recalibration_crops; None: end in eval mode alone."""
+def finish(run, crops, **networks):
+    """Recalibrate networks on datasets.recalibration_crops, if any; they are the stage's result."""
     batch_size = sum(run.cfg[run.section].batch)
-    for network in networks:
+    for network in networks.values():
         network.eval()
         if crops is None:
             continue
@@ -118,3 +112,4 @@ def recalibrate(run, crops, *networks):
         images = (torch.cat([part["image"] for part in batch.values()]) for batch in batches)
         with run.autocast():
             recalibrate_batchnorm(network, images)
+    run.finish(**networks)

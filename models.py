@@ -306,20 +306,15 @@ def load_segmenter(path, cfg=None, which="student", same_model=False):
 
 
 def load_exactly(module, state, origin):
-    """Load a state dict that fits, else raise a UserError: `origin`, and the keys that do not."""
-    own = module.state_dict()
-    both = own.keys() & state.keys()
-    faults = {
-        "lacks": own.keys() - state.keys(),
-        "has unknown": state.keys() - own.keys(),
-        "differs in the shape of": {key for key in both if state[key].shape != own[key].shape},
-        "is not finite in": {key for key in both if not state[key].isfinite().all()},
-    }
-    for fault, keys in faults.items():
-        if keys:
-            named = one_line(f"{len(keys)} entries, {', '.join(sorted(keys))}")
-            raise UserError(f"{origin}: {fault} {named}; it does not fit this network")
-    module.load_state_dict(state)
+    """Load a state dict that fits and is finite, else raise a UserError with its `origin`."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        faults = one_line(str(error).partition("\n")[2])
+        raise UserError(f"{origin}: does not fit this network: {faults}") from error
+    odd = [key for key, value in state.items() if not value.isfinite().all()]
+    if odd:
+        raise UserError(f"{origin}: is not finite in {one_line(', '.join(odd))}; restore the file")
 
 
 def _load_backbone(model, network, weights):
@@ -346,7 +341,4 @@ def _load_backbone(model, network, weights):
             model.get_buffer(name).copy_(state.pop(name))
     unused = ("fc.", "classifier.", "features.18.", "head.")
     state = {key: value for key, value in state.items() if not key.startswith(unused)}
-    norms = [key.removesuffix("running_var") for key in state if key.endswith("running_var")]
-    # old PyTorch versions did not count batches
-    counts = {f"{norm}num_batches_tracked": torch.tensor(0) for norm in norms}
-    load_exactly(model.backbone, counts | state, weights)
+    load_exactly(model.backbone, state, weights)

@@ -150,7 +150,7 @@ def train(run, init, folder, source, target):
             pictures |= {"pseudo_labels": y_t, "mixed_image": x_mix, "mixed_labels": y_mix}
             run.show(names, **pictures, truth=batch["target"].get("truth"))
 
-    finish(run, recalibration, student, teacher)
+    finish(run, recalibration, student=student, teacher=teacher)
 
 
 def begin_round(run, model, centroids, source, target, aligned, folder):

@@ -14,8 +14,7 @@ OWN_NETWORKS = {}  # name -> function, of models.register
 
 
 def _is_network(name):
-    is_smp = isinstance(name, str) and name.startswith("smp/") and name.count("/") == 2
-    return is_smp or name in (*NETWORKS, *OWN_NETWORKS)
+    return name in (*NETWORKS, *OWN_NETWORKS) or re.fullmatch(r"smp/[^/]+/[^/]+", str(name))
 
 
 def _maps(keys, values, least=1, most=65536):

@@ -101,7 +101,7 @@ def train(run, init, source):
             pictures |= {"source_labels": y_s, "prediction": z_s.argmax(1)}
             run.show(names, **pictures)
 
-    finish(run, recalibration, student, teacher)
+    finish(run, recalibration, student=student, teacher=teacher)
 
 
 if __name__ == "__main__":

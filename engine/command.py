@@ -13,12 +13,11 @@ from engine import files, processes
 from engine.config import UserError
 
 LESS_MEMORY = "raise accumulate, lower crop or val.size, or set model.output_stride=16"
-ONE_IMAGE = "this network's batch norm takes no batch of one image"
 # what PyTorch says where the input is to blame -> the line for it
 PYTORCH = {
     "MemoryError": f"there is not enough memory; {LESS_MEMORY}",
     "can't allocate memory": f"there is not enough memory; {LESS_MEMORY}",
-    "more than 1 value per channel": f"{ONE_IMAGE}; raise warmup.batch and selftrain.batch",
+    "more than 1 value per channel": "this network's batch norm needs 2 images; raise batch",
 }
 
 

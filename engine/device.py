@@ -48,7 +48,7 @@ def fetch(batch, device):
 def environment(device):
     """Return what a result depends on besides its configuration: code, versions, hardware."""
     import cv2
-    import numpy as np
+    import numpy
     import torchvision
 
     commit = None
@@ -56,17 +56,9 @@ def environment(device):
         ask = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": False}
         commit = subprocess.run([git, "rev-parse", "HEAD"], **ask).stdout.strip() or None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {
-        "commit": commit,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "numpy": np.__version__,
-        "opencv": cv2.__version__,
-        "device": name,
-        "cores": os.cpu_count(),
-        "processes": world(),
-    }
+    versions = {x.__name__: x.__version__ for x in (torch, torchvision, numpy, cv2)}
+    found = {"commit": commit, "python": platform.python_version(), **versions}
+    return found | {"device": name, "cores": os.cpu_count(), "processes": world()}
 
 
 def memory_gb(device):

@@ -90,15 +90,9 @@ def _decode(path, data, flags=None):
 def write_image(path, image):
     """Write uint8 RGB (H, W, 3) or uint8, uint16 gray (H, W) atomically, by the file extension."""
     options = JPEG if Path(path).suffix == ".jpg" else UNFILTERED if image.ndim == 2 else []
-
-    def write(temporary):
-        pixels = image[..., ::-1] if image.ndim == 3 else image
-        done, data = cv2.imencode(Path(path).suffix, pixels, options)
-        if not done:
-            raise OSError("OpenCV failed")
-        temporary.write_bytes(data.tobytes())
-
-    write_atomically(path, write)
+    pixels = image[..., ::-1] if image.ndim == 3 else image
+    data = cv2.imencode(Path(path).suffix, pixels, options)[1]
+    write_atomically(path, lambda temporary: temporary.write_bytes(data.tobytes()))
 
 
 @contextlib.contextmanager

@@ -122,7 +122,7 @@ def test_the_authors_translator(dataset, run):
     ok(run("translate_cyclegan", f"translation.images={out}"))
     shutil.copy(folder / "enc_s.pth", folder / "dec_s2t.pth")
     code, _, err = run(*given)
-    assert (code, "dec_s2t.pth: lacks" in err, err.count("\n")) == (2, True, 1)
+    assert (code, "dec_s2t.pth: does not fit" in err, err.count("\n")) == (2, True, 1)
 
 
 def test_a_generator_of_cyclegan(run, dataset):

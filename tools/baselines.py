@@ -122,7 +122,7 @@ def train(run, method, labelled, target):
             pictures = {"image": x_s, "labels": y_s, "prediction": logits.argmax(1)}
             run.show(names, **pictures)
 
-    finish(run, recalibration, student, teacher)
+    finish(run, recalibration, student=student, teacher=teacher)
 
 
 def masked_view(images, share, colour):
