@@ -116,7 +116,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
         load(state)
     with pytest.raises(UserError, match=r"Unexpected key.*layer1\.2"):
         load(torchvision.models.resnet34().state_dict())
-    with pytest.raises(UserError, match=r"shape of 1 entries, layer1\.0\.conv1\.weight"):
+    with pytest.raises(UserError, match=r"size mismatch for layer1\.0\.conv1\.weight"):
         load(state | {"layer1.0.conv1.weight": torch.zeros(1)})
     with pytest.raises(UserError, match=r"not finite in 1 entries, layer1\.0\.conv1\.weight"):
         load(state | {"layer1.0.conv1.weight": first / 0})
