@@ -180,7 +180,9 @@ def test_the_source_only_step_is_plain_supervised_training(dataset, run, config)
         optimizer.step()
     trained = state(dataset / "runs/test/source_only.pth")["student"]
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(trained[name], value, rtol=1e-3, atol=1e-5, msg=lambda t, name=name: f"{name}: {t}")
+        torch.testing.assert_close(
+            trained[name], value, rtol=1e-3, atol=1e-5, msg=lambda t, name=name: f"{name}: {t}"
+        )
 
 
 @pytest.mark.parametrize("script", ["translate_cyclegan", "warmup", "selftrain"])
