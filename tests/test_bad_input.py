@@ -6,12 +6,10 @@ import shutil
 import zlib
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
 from conftest import IDS, changed, files, killed_after, ok, picture, refused, save
-from PIL import Image
 
 PLAIN = ("warmup.crdomix=false", "warmup.distill=0", "warmup.steps=2", "bn_recalibrate=[source]")
 
@@ -84,7 +82,7 @@ DAMAGES = {
         ["1 labels differ from their images in size", "00003.png ((64, 48), (64, 47))"],
     ),
     "an unknown value": (value_77, ["77"]),
-    "a label in colours": (lambda: save(LABEL, picture(3)[0]), [LABEL, "is a colour image; see `ids: colours`"]),
+    "a label in colours": (lambda: save(LABEL, picture(3)[0]), [LABEL, "see `ids: colours`"]),
     "a label in a JPEG": (as_jpeg, ["00003.jpg: is a JPEG", "PNG"]),
     "labels without a class": (
         all_ignored, ["source: no pixel of its labels belongs to a class", "source.ids"]
@@ -137,15 +135,6 @@ def test_what_the_check_before_training_leaves_out_is_found_in_training(process,
     refused(check(), "200")
 
 
-def test_the_check_of_all_files_is_strict_with_a_jpeg(run, check):
-    """A JPEG of which a part is missing is still decoded, to other pixels."""
-    IMAGE.unlink()
-    data = bytearray(cv2.imencode(".jpg", picture(3)[0])[1].tobytes())
-    del data[len(data) // 2 : len(data) // 2 + 500]
-    IMAGE.with_suffix(".jpg").write_bytes(data)
-    refused(check(), "00003.jpg: is ", "restore the file")
-
-
 def test_what_is_odd_is_a_warning_with_the_figure(run, check):
     for i in range(6):
         label = picture(i)[1]
@@ -162,18 +151,6 @@ def test_what_is_odd_is_a_warning_with_the_figure(run, check):
         "none of 6 labels holds car, sky",
     ):
         assert part in err + more
-
-
-def test_data_after_a_picture_and_odd_profiles_are_no_fault(run, check):
-    for i in range(6):
-        path = Path(f"game/images/{i:05d}.png")
-        path.unlink()
-        good = cv2.imencode(".jpg", picture(i)[0])[1].tobytes()
-        path.with_suffix(".jpg").write_bytes(good + b"ftypmp42" * 1000)
-    image = Image.fromarray(picture(0)[0])
-    image.save("camera/leftImg8bit/train/a/a_0_leftImg8bit.png", icc_profile=b"none")
-    ok(check())
-    ok(run("warmup", *PLAIN, "bn_recalibrate=[source,target]"))
 
 
 def test_linked_folders_are_read_without_what_is_hidden(dataset, run, check):
@@ -279,7 +256,7 @@ def test_paths_as_people_give_them(dataset, run, monkeypatch):
     more = ("source.ids={7: road, 23: sky, 26: größe, 0: null}", "val.root=~/camera", "output=~/ü")
     ok(run("warmup", "--cfg", "straße.yaml", *PLAIN, *more))
     assert (dataset / "ü/test/warmup.pth").is_file()
-    refused(run("evaluate", "--weights", "a\n\udcff.pth"), "a")
+    refused(run("evaluate", "--weights", "a\n.pth"), "a .pth: there is no such file")
     refused(run("warmup", *PLAIN, "output=test.yaml"), "test.yaml")
 
 

@@ -112,13 +112,15 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
 
     state = torchvision.models.resnet18().state_dict()
     first = state.pop("layer1.0.conv1.weight")
-    with pytest.raises(UserError, match=r"weights\.pth: does not fit.*Missing key.*layer1\.0\.conv1\.weight"):
+    with pytest.raises(
+        UserError, match=r"weights\.pth: does not fit.*Missing key.*layer1\.0\.conv1"
+    ):
         load(state)
     with pytest.raises(UserError, match=r"Unexpected key.*layer1\.2"):
         load(torchvision.models.resnet34().state_dict())
     with pytest.raises(UserError, match=r"size mismatch for layer1\.0\.conv1\.weight"):
         load(state | {"layer1.0.conv1.weight": torch.zeros(1)})
-    with pytest.raises(UserError, match=r"not finite in 1 entries, layer1\.0\.conv1\.weight"):
+    with pytest.raises(UserError, match=r"not finite in layer1\.0\.conv1\.weight"):
         load(state | {"layer1.0.conv1.weight": first / 0})
     path.write_text("<!DOCTYPE html>")  # a login page in place of a download
     with pytest.raises(UserError, match=r"weights\.pth: is no checkpoint.*DOCTYPE"):

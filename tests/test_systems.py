@@ -12,7 +12,8 @@ from conftest import ROOT, ok, same_networks, state
 
 COMMANDS = [
     "translate_cyclegan", "warmup", "selftrain", "evaluate", "tools.run_all", "tools.own_data",
-    "tools.export", "tools.convert", "tools.report", "tools.bench", "tools.baselines", "tools.make_demo_data",
+    "tools.export", "tools.convert", "tools.report", "tools.bench", "tools.baselines",
+    "tools.make_demo_data",
 ]  # fmt: skip
 # Python without what Windows or macOS lack; found by every process, those of a loader as well
 LACKING = """
