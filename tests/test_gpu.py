@@ -83,7 +83,7 @@ class OneStep(Run):
     def save(self, *_, **__):
         pass
 
-    finish = save
+    save_unfinished = finish = save
 
 
 def after_a_step(cfg, stage, repeats=1):
