@@ -287,7 +287,7 @@ def test_without_labels_to_score_with_the_target_is_pictured(finished, run):
     assert 0 < results["warmup"]["agreement"] == results["selftrain"]["agreement"]
     assert out.splitlines()[-1].startswith("Without labels, selftrain is the one to use.")
     ok(run("tools.report", finished))
-    assert "Without labels, selftrain" in (finished / "report.html").read_text()
+    assert "Without labels, self-training is" in (finished / "report.html").read_text()
 
 
 def test_evaluation_takes_the_configuration_from_the_checkpoint(finished, run):
