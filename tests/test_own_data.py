@@ -99,11 +99,11 @@ def one_value():
 LABEL = Path("game/labels/00000.png")
 FAULTS = {
     "my.yaml: exists already": lambda: Path("my.yaml").write_text(""),
-    "but no label of the same name": lambda: shutil.rmtree("game/labels"),
+    "no labels of those names": lambda: shutil.rmtree("game/labels"),
     "camera: no images": lambda: [shutil.rmtree(path) for path in Path("camera").iterdir()],
     "hold 1 values": one_value,
     "hold 3072 values": lambda: save(LABEL, np.arange(3072, dtype=np.uint16).reshape(48, 64)),
-    "convert it": lambda: save(LABEL, picture(0)[0]),
+    "labels must be of one kind": lambda: save(LABEL, picture(0)[0]),
 }
 
 

@@ -6,8 +6,10 @@
 --check reads every image and label, prints sizes and class shares, and draws contact sheets.
 """
 
-import functools
 import os
+import re
+import shlex
+import sys
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -15,20 +17,24 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from datasets import IGNORED, Images
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to be run by its path too
+
+from datasets import CODE, IGNORED, NO_CLASS, Images
 from engine.command import arguments, command
 from engine.config import UserError, one_line
-from engine.folders import EXTENSIONS, list_images, warn
+from engine.files import write_text
+from engine.folders import EXTENSIONS, list_images
 from engine.images import paint, read_image, read_label, resize, threads, write_image
 from engine.log import progress
-from layouts import LAYOUTS, classes
+from layouts import classes, label_values
 from settings import load_config
+from tools.find_layout import find_splits
+from tools.label_values import NAMED, in_words, meaning, sample, tally
 from tools.templates import render
 
-ROOT = Path(__file__).parent.parent
-SAMPLED = 200  # at most this many files are read for sizes and label values
+ROOT = Path(__file__).resolve().parent.parent
 LARGEST = 1052 * 1914  # pixels of a training image at most: GTA5's
 
 
@@ -41,16 +47,20 @@ def main():
     words = "the file that --init writes (default: %(default)s)"
     parser.add_argument("--out", default="my.yaml", metavar="FILE", type=Path, help=words)
     args = parser.parse_intermixed_args()
+    warnings.simplefilter("ignore")  # Pillow's, about metadata
     if args.init:
         write_config(*args.init, args.out)
         return
-    warnings.simplefilter("ignore")  # Pillow's, about metadata
     cfg = load_config(args.cfg, args.overrides)
     labelled = {"source": True, "target": cfg.selftrain.diagnose or "oracle" in cfg.stages}
     if cfg.val.root:
         labelled["val"] = True
+    unknown = []
     for domain in (*labelled, *(f"more_val.{name}" for name in cfg.more_val)):
-        check(cfg, domain, Images(cfg, domain, labelled.get(domain, True)))
+        unknown += check(cfg, domain, Images(cfg, domain, labelled.get(domain, True)))
+    if unknown:
+        fault = f"no class for {one_line(', '.join(unknown))}"
+        raise UserError(f"{args.cfg}: {fault}; add these values to ids (null: ignored)")
 
 
 def write_config(source, target, path):
@@ -60,110 +70,78 @@ def write_config(source, target, path):
     """
     if path.exists():
         raise UserError(f"{path}: exists already; remove it, or choose another name with --out")
-    sources, targets = splits_of(source), splits_of(target)
-    source = max(sources, key=lambda x: (x["split"] == "train", len(x["labels"])))
-    if not source["labels"]:
-        fault = "has images, but no label of the same name as one of them"
-        raise UserError(f"{source['folder']}: {fault}; see docs/own_data.md")
+    found = choose(find_splits(source, labelled=True), find_splits(target))
+    for domain, x in found.items():
+        if x:
+            what = f"{len(x['images'])} images, {len(x['pairs'])} labels, in {x['root']}"
+            print(f"{domain}: {what}, layout {x['layout']}, split {x['split']}")
+        else:
+            print(f"{domain}: nothing with labels")
+    sizes = {domain: training_sizes(found[domain]) for domain in ("source", "target")}
+    smallest = np.minimum(sizes["source"][0], sizes["target"][0])
+    name = re.sub(r"[^\w.-]+", "_", path.stem).strip("._-") or "my"
+    in_root = Path.cwd().resolve() == ROOT
+    tool = "-m tools.own_data" if in_root else shlex.quote(str(ROOT / "tools/own_data.py"))
+    script = shlex.quote("run_all.sh" if in_root else str(ROOT / "run_all.sh"))
+    check_it = f"python {tool} --check --cfg {shlex.quote(str(path))}"
+    values = {
+        "name": name,
+        "check": check_it,
+        "run": f"bash {script} {shlex.quote(str(path))}",
+        "base": os.path.relpath(ROOT / "config.yaml", path.parent.resolve()),
+        "gpu": torch.cuda.is_available(),
+        "sizes": sizes,
+        "crop": (smallest * 5 // 6 // 16 * 16).tolist(),
+        "translation_crop": np.maximum(smallest // 2 // 4 * 4, 32).tolist(),
+        **meaning(found),
+    }
+    written = [path]
+    try:
+        for domain, x in found.items():
+            if x and x["list"]:
+                x["list_file"] = path.with_name(f"{name}_{domain}.txt")
+                written.append(x["list_file"])
+                write_text(x["list_file"], "".join(f"{image}\n" for image in x["list"]))
+        render(path, "own_data.yaml.jinja", **found, **values)
+        load_config(path)
+    except UserError:
+        for file in written:
+            file.unlink(missing_ok=True)
+        raise
+    print(f"{path}: written, name: {name}; read it through, then {check_it}")
+
+
+def choose(sources, targets):
+    """Return the splits to use: source, target, and val, which is None without labels."""
+
+    def is_split(x, kind):
+        return (x["split"] or "").rpartition("/")[2].lower().startswith(kind)
 
     def preference(x):
-        return x["split"] == "train", x["split"] is None, len(x["images"]) - len(x["labels"])
+        return is_split(x, "train"), x["split"] is None, len(x["images"]) - len(x["pairs"])
 
+    source = max(sources, key=lambda x: (is_split(x, "train"), len(x["pairs"])))
     target = max(targets, key=preference)
-    labelled = [x for x in targets if x["labels"] and x is not target]
-    val = max(labelled, key=lambda x: (x["split"] == "val", len(x["labels"])), default=None)
-    found = {"source": source, "target": target, "val": val}
-    for name, x in found.items():
-        counts = x and f"{len(x['images'])} images, {len(x['labels'])} labels, in {x['folder']}"
-        print(f"{name}: {counts or 'nothing with labels'}")
-
-    shares, colours = label_values([*source["labels"], *(val["labels"] if val else [])])
-    print("label values: " + ", ".join(f"{value} ({x:.1%})" for value, x in shares.items()))
-    sizes = {"source": training_sizes(source["images"]), "target": training_sizes(target["images"])}
-    smallest = np.minimum(sizes["source"][0], sizes["target"][0])
-    values = {"path": path, "base": os.path.relpath(ROOT / "config.yaml", path.parent)}
-    values |= {"shares": shares, "colours": colours, "sizes": sizes}
-    values["gpu"] = torch.cuda.is_available()
-    values["crop"] = (smallest * 5 // 6 // 16 * 16).tolist()
-    values["translation_crop"] = np.maximum(smallest // 2 // 4 * 4, 32).tolist()
-    render(path, "own_data.yaml.jinja", **found, **values)
-    load_config(path)
-    print(f"{path}: written; read it through, then python -m tools.own_data --check --cfg {path}")
+    labelled = [x for x in targets if x["pairs"] and x is not target]
+    val = max(labelled, key=lambda x: (is_split(x, "val"), len(x["pairs"])), default=None)
+    for x in (source, val):
+        if x and len(x["pairs"]) < len(x["images"]):
+            x["list"] = list(x["pairs"])  # of the images that have labels
+    return {"source": source, "target": target, "val": val}
 
 
-def splits_of(root):
-    """Return the splits that have images below `root`, all in the layout with the most labels.
+def training_sizes(x):
+    """Return two [height, width], low and full: the median of a split's images, at most LARGEST.
 
-    A split is a dict: layout, root, split, folder, images and labels (lists of paths). A bare
-    folder of images is the last choice. Raises UserError without images.
+    If there are landscape and portrait images, those of the more frequent shape count.
     """
-    found = []
-    for layout, (image_folder, label_folders, image_end, label_end) in LAYOUTS.items():
-        if layout == "gta5":  # equals the layout `folder` without a split
-            continue
-        splits, (head, split_in_name, _) = [None], image_folder.partition("{split}")
-        if split_in_name and (root / head).is_dir():
-            splits += sorted(path.name for path in (root / head).iterdir() if path.is_dir())
-        for split in splits:
-            places = [root / x.format(split=split or ".") for x in (image_folder, *label_folders)]
-            images = {s: x for s, x in by_stem(places[0]).items() if s.endswith(image_end)}
-            labels = {stem: path for place in places[1:] for stem, path in by_stem(place).items()}
-            names = [stem.removesuffix(image_end) + label_end for stem in images]
-            one = {"layout": layout, "root": root, "split": split, "folder": places[0]}
-            paired = [labels[name] for name in names if name in labels]
-            found.append(one | {"images": [*images.values()], "labels": paired})
-    found = [x for x in found if x["images"]]
-    if not found:
-        raise UserError(f"{root}: no images were found; see docs/own_data.md for the layouts")
-    best = max(found, key=lambda x: (len(x["labels"]), x["layout"] != "flat"))["layout"]
-    return [x for x in found if x["layout"] == best]
-
-
-def by_stem(folder):
-    """Return the images below a folder: relative path without its extension -> path."""
-    return {name.rpartition(".")[0]: folder / name for name in list_images(folder)}
-
-
-def sample(paths):
-    """Return at most SAMPLED of the paths, evenly spaced."""
-    return paths[:: -(-len(paths) // SAMPLED)]
-
-
-def label_values(paths):
-    """Return two dicts of label files' values, in order: value -> share, value -> colour [r, g, b].
-
-    The colours are a palette's or distinct ones. Raises UserError unless there are 2 to 255 values.
-    """
-    pixels, colours = np.zeros(65536, np.int64), {}
-    for path in sample(paths):
-        values, painted = read_label(path, red_only="LABELS" in path.parts), read_image(path)
-        pixels += np.bincount(values.ravel(), minlength=65536)
-        for value in np.unique(values).tolist():
-            if value not in colours:
-                colours[value] = painted[values == value][0].tolist()
-    if not 2 <= len(colours) <= 255:
-        fault = f"this label and the others hold {len(colours)} values"
-        raise UserError(f"{paths[0]}: {fault}; a label holds the number of a class in every pixel")
-    distinct = len(set(map(tuple, colours.values()))) == len(colours)
-    if not distinct or all(len(set(colour)) == 1 for colour in colours.values()):  # no palette
-        colours = dict(zip(sorted(colours), distinct_colours(len(colours)), strict=True))
-    return {value: pixels[value] / pixels.sum() for value in sorted(colours)}, colours
-
-
-def distinct_colours(count):
-    """Return `count` colours [r, g, b], each far in CIELAB from those before it and from black."""
-    rgb = np.stack(np.meshgrid(*[np.arange(0, 256, 36)] * 3), -1).reshape(-1, 3)
-    lab = cv2.cvtColor(np.float32(rgb[None] / 255), cv2.COLOR_RGB2LAB)[0]
-    distance, chosen = np.linalg.norm(lab, axis=1), []
-    for _ in range(count):
-        chosen.append(distance.argmax())
-        distance = np.minimum(distance, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
-    return rgb[chosen].tolist()
-
-
-def training_sizes(paths):
-    """Return two [height, width], low and full: of the median image, at most LARGEST pixels."""
-    size = np.median([read_image(path).shape[:2] for path in sample(paths)], axis=0)
+    paths = sample(x, x["list"] or x["images"])
+    sizes = np.array([read_image(path).shape[:2] for path in paths])
+    landscape = sizes[:, 1] >= sizes[:, 0]
+    size = np.median(sizes[landscape == (landscape.mean() >= 0.5)], axis=0)
+    if size.min() < 40:  # a translation's crop is 32, of the low size
+        fault = f"the images are {size[1]:.0f}x{size[0]:.0f}; they need 40x40 pixels at least"
+        raise UserError(f"{x['root']}: {fault}")
     size = size * min(1, (LARGEST / size.prod()) ** 0.5)
     return [(size * scale).astype(int).tolist() for scale in (0.8, 1)]
 
@@ -171,20 +149,25 @@ def training_sizes(paths):
 def check(cfg, domain, images, shown=12):
     """Read all files of a datasets.Images, print sizes and class shares, draw a contact sheet.
 
-    shown: the number of images on it. Raises UserError for a file that cannot be trained on.
+    shown: the number of images on it. Returns the label values without a class, in words. Raises
+    UserError for a file that cannot be trained on.
     """
-    sizes, pixels, turned = Counter(), np.zeros(256, np.int64), 0
+    sizes, pixels, unknown, first = Counter(), np.zeros(256, np.int64), Counter(), {}
+    known = set()
+    if images.labelled:
+        named = label_values(images.spec.ids, images.classes)
+        known = {np.dot(x, CODE) if isinstance(x, tuple) else x for x in named}
+        images.table[images.table == NO_CLASS] = IGNORED  # all are named below, not the first one
     with progress(total=len(images), desc=domain) as bar:
-        for size, _, counts, is_turned in threads.map(
-            functools.partial(read, images), range(len(images))
+        for i, (size, found, counts) in enumerate(
+            threads.map(lambda i: read(images, i), range(len(images)))
         ):
             sizes[size] += 1
             pixels += counts
-            turned += is_turned
+            for code in found.keys() - known:
+                unknown[code] += found[code]
+                first.setdefault(code, images.label_paths[i])
             bar.update()
-    if turned:
-        fault = f"{turned} of {len(images)} images have an EXIF orientation, which is not applied"
-        warn(f"{domain}: {fault}; turn their pixels, for example by mogrify -auto-orient")
     labels = "" if images.labelled else ", labels not read"
     print(f"{domain}: {len(images)} images in {images.folder}{labels}")
     print(f"  left out: {left_out(images)}")
@@ -194,49 +177,59 @@ def check(cfg, domain, images, shown=12):
         counts = np.append(pixels[: len(names) - 1], pixels[IGNORED])
         shares = zip(names, 100 * counts / pixels.sum(), strict=True)
         print("  classes: " + ", ".join(f"{name} {share:.2f}%" for name, share in shares))
+    kind = "colour" if images.coding == "colours" else "value"
+    for code, count in unknown.most_common(NAMED):
+        share = f"{count / pixels.sum():.2%} of the pixels, first in {first[code]}"
+        print(f"  unknown {kind} {in_words(code, images.coding)}: {share}")
+    if len(unknown) > NAMED:
+        print(f"  and {len(unknown) - NAMED} more unknown {kind}s")
+    images.check()
     path = Path(cfg.output) / cfg.name / f"contact_sheet_{domain}.png"
     write_image(path, contact_sheet(images, classes(cfg), shown))
     print(f"  contact sheet: {path}")
+    return [f"{domain}: {code}" for code in unknown if kind == "value"]
 
 
 def left_out(images):
     """Return in words which files in the folders of a datasets.Images are not read, and why."""
-    counts, seen = Counter(), set()
-    for path, folders, files in os.walk(images.folder, followlinks=True):
-        real, names = Path(path).resolve(), folders + files
-        if real in seen:
-            counts["linked a second time"] += 1
-            names, files = [], []
-        counts["hidden"] += sum(name.startswith(".") for name in names)
+    counts = Counter()
+    for _, folders, files in os.walk(images.folder):
+        counts["hidden"] += sum(name.startswith(".") for name in folders + files)
         kinds = (Path(name).suffix.lower() for name in files if not name.startswith("."))
         counts.update(f"named *{kind}" for kind in kinds if kind not in EXTENSIONS)
-        folders[:] = [x for x in folders if not x.startswith(".") and real not in seen]
-        seen.add(real)
-    counts["not in the list or of the layout"] = len(list_images(images.folder)) - len(images)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+    used = {images.folder / name for name in images.names} | set(images.label_paths)
+    places = {"not in the list or of the layout": images.folder}
     if images.labelled:
-        stems = (name.rpartition(".")[0] for name in list_images(images.label_folder))
-        labels = sum(stem.endswith(images.label_end) for stem in stems)
-        counts["labels without an image"] = labels - len(images)
+        labels = os.path.commonpath([path.parent for path in images.label_paths])
+        places["labels without an image"] = Path(labels)
+    for why, folder in places.items():
+        files = {folder / name for name in list_images(folder, unique=False)}
+        counts[why] = len(files - used)
+        used |= files
     return one_line(", ".join(f"{n} {why}" for why, n in counts.most_common() if n)) or "nothing"
 
 
 def read(images, i):
-    """Return images.summary(i), and whether EXIF says to turn image i.
+    """Return image i's (H, W), its label's values -> pixels, and its label's pixels of each class.
 
     Pillow reads the files as well: what OpenCV guesses in a damaged one, it refuses.
     """
-    turned = False
-    for path in (images.folder / images.names[i], *images.label_paths[i : i + 1]):
+    labels = images.label_paths[i : i + 1] if images.labelled else []
+    for path in (images.folder / images.names[i], *labels):
         try:
             with Image.open(path) as image:
-                turned = turned or image.getexif().get(ExifTags.Base.Orientation, 1) != 1
                 image.load()
         except UnidentifiedImageError:  # a format that OpenCV alone knows, or none
             continue
         except Exception as error:  # Pillow raises a dozen types, depending on the damage
             fault = f"is damaged inside ({one_line(error)})"
             raise UserError(f"{path}: {fault}; restore the file or remove it") from error
-    return *images.summary(i), turned
+    size = images.image(i).shape[:2]
+    if not images.labelled:
+        return size, {}, np.zeros(256, int)
+    values = read_label(images.label_paths[i], images.coding)
+    return size, tally(values), np.bincount(images.to_classes(values, i).ravel(), minlength=256)
 
 
 def contact_sheet(images, colours, shown):
