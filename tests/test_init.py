@@ -13,7 +13,6 @@ from datasets import Images
 from engine.command import command
 from settings import load_config
 from tools import own_data
-from tools.label_values import judge_255
 
 ROOT = Path(__file__).parent.parent
 COLOURS = np.array([[70, 130, 180], [128, 64, 128], [0, 0, 142], [0, 0, 0]])
@@ -156,4 +155,4 @@ def test_unknown_values_are_all_named(tmp_path, run):
     ],
 )
 def test_255(shares, is_class):
-    assert judge_255(shares)[0] == is_class
+    assert own_data.judge_255(shares)[0] == is_class

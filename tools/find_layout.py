@@ -1,12 +1,10 @@
 """Find images and their labels in a folder, by their names and by what the pictures look like."""
 
 import functools
-import heapq
-import random
+import itertools
 import re
-from collections import Counter, defaultdict
-from difflib import SequenceMatcher
-from posixpath import commonpath, dirname, normpath, splitext
+from collections import defaultdict
+from posixpath import dirname, normpath, splitext
 
 import numpy as np
 from PIL import Image
@@ -16,20 +14,18 @@ from engine.config import UserError, one_line
 from engine.folders import list_images
 from layouts import LAYOUTS, match
 
-# what a folder of a split is called; any other folder in the place of {split} is a *
 SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
-SPLIT = rf"(?P<split>(?:[^/]+/)??(?i:{'|'.join(SPLITS)})(?=/)|[^/]+)"
+# what begins a name, as in rgb_0001 or rgb0001, and what ends it, as in 0001_rgb or 0001rgb
+FIRST, LAST = r"^[^\W\d_]+(?:[\W_]+(?=.)|(?=\d))", r"(?:(?<=.)[\W_]+|(?<=\d))[^\W\d_]+$"
 # names of what is neither a photo nor a label of classes
-OTHER = re.compile(r"viz|vis(?!ib)|overlay|blend|depth|disp|normal|flow|inst", re.IGNORECASE)
-WRITE = 'write both patterns by hand: layout: {images: "rgb/*_rgb", labels: "seg/*_seg"}'
+OTHER = re.compile("viz|overlay|blend|depth|normal|flow|inst", re.IGNORECASE)
 
 
 def find_splits(root, labelled=False):
     """Return the splits of the images below `root`, all in one layout. Raises UserError.
 
     A split is a dict: layout, a name or {images, labels}, two patterns; root; split; images, names
-    relative to root; pairs, image -> its label; list, the names of the images to use, None for all.
-    With `labelled`, one split at least has pairs.
+    relative to root; pairs, image -> its label. With `labelled`, one split at least has pairs.
     """
     look.cache_clear()
     if root.name == "images" and (root.parent / "labels").is_dir():
@@ -37,52 +33,43 @@ def find_splits(root, labelled=False):
     files = list_images(root, unique=False)
     if not files:
         raise UserError(f"{root}: no images were found; see docs/own_data.md for the layouts")
-    known = {LAYOUTS["folder"][0]: "folder", ("images/{split}/*", "labels/{split}/*"): None}
-    for name in LAYOUTS:
-        if name not in ("gta5", "flat"):  # as folder; one that takes every file for a photo
-            known |= {pair: known.get(pair, name) for pair in LAYOUTS[name]}
-    found = [splits_in(root, files, pair, name) for pair, name in known.items()]
-    best = max(found, key=lambda splits: (count(splits, "pairs"), named(splits)))
-    if not is_labelled(best):
-        best = []
-    if 2 * count(best, "pairs") <= count(best, "images"):
-        best = max(best, guess(root, files), key=lambda splits: count(splits, "pairs"))
+    groups = groups_of(files)
+    photos = [names for names in groups if not are_labels(root, groups[names].values())]
+    pairs = {LAYOUTS["folder"][0]: "folder"}
+    for name in ("cityscapes", "acdc", "dark_zurich", "bdd100k", "mapillary", "synthia"):
+        pairs = dict.fromkeys(LAYOUTS[name], name) | pairs
+    pairs = dict.fromkeys(guesses(groups, photos)) | pairs
+    found = [splits_in(root, files, pair, name) for pair, name in pairs.items()]
+    best = max(filter(is_labelled, found), key=rank, default=None)
     if best:
         return best
     if labelled:
-        groups = (f"{len(names)} files as {names[0]}" for names in groups_of(files).values())
-        fault = f"holds {one_line(', '.join(groups))}, and no labels of those names"
-        raise UserError(f"{root}: {fault}; labels are PNG; {WRITE}")
-    photos = photos_in(root, files)
-    best = max(found, key=lambda splits: (count(splits, "images"), named(splits)))
-    if best and {name for x in best for name in x["images"]} <= photos:
+        kinds = (f"{len(names)} files as {min(names.values())}" for names in groups.values())
+        fault = f"holds {one_line(', '.join(kinds))}, and no labels of those names, as PNG"
+        remedy = 'write their patterns by hand: layout: {images: "rgb/*_rgb", labels: "seg/*_seg"}'
+        raise UserError(f"{root}: {fault}; {remedy}")
+    best = max(found, key=lambda splits: sum(len(x["images"]) for x in splits))
+    if best and not any(are_labels(root, x["images"]) for x in best):
         return best
-    if len(photos) < len(files):
-        place = commonpath([dirname(name) for name in photos])
-        root, photos = root / place, {name[len(place) :].lstrip("/") for name in photos}
-        files = list_images(root, unique=False)
+    if len(photos) < len(groups):
+        fault = "holds pictures of few colours, as labels are"
+        raise UserError(f"{root}: {fault}; give the folder of the photos alone")
     list_images(root)  # raises UserError where names differ in their extension only
-    best = splits_in(root, files, ("{split}/*", "{split}/*"), "flat")
-    for x in best:
-        kept = [name for name in x["images"] if name in photos]
-        x["list"] = kept if len(kept) < len(x["images"]) else None
-    return [x for x in best if x["list"] != []]
+    return splits_in(root, files, ("{split}/*", "{split}/*"), "flat")
 
 
-def splits_in(root, files, pair, layout=None):
-    """Return the splits that have images that fit a pair of patterns; layout: its name, if any.
+def splits_in(root, files, pair, layout):
+    """Return the splits that have images that fit a pair of patterns; layout: its name or None.
 
     Files that differ in their extension only, which the core refuses, are in none.
     """
-    layout, names, found = layout or {"images": pair[0], "labels": pair[1]}, set(), []
-    if all(pattern.find("{split}") < pattern.find("*") for pattern in pair):
-        names.add(None)  # a split of null leaves patterns that the core can read
+    found, names = [], []
+    if pair[0].find("{split}") < pair[0].find("*"):
+        names.append(None)  # the patterns are as the core reads them
     if "{split}" in pair[0]:
-        expression = re.escape(pair[0]).replace(r"\{split\}", SPLIT, 1).replace(r"\*", ".*")
-        for found_split in filter(None, (re.match(expression, name) for name in files)):
-            parts = found_split["split"].split("/")
-            names.add("/".join(part if part.lower() in SPLITS else "*" for part in parts))
-    for split in sorted(names, key=str):
+        parts = {part for name in files for part in dirname(name).split("/")}
+        names += sorted(part for part in parts if part.lower() in SPLITS) or ["*"]
+    for split in names:
         patterns = [normpath(x.replace("{split}", split or ".")) for x in pair]
         images, labels = (match(files, pattern) for pattern in patterns)
         if len(patterns[1]) > len(patterns[0]):  # as in layouts.find_pairs
@@ -90,19 +77,21 @@ def splits_in(root, files, pair, layout=None):
         if any(len({splitext(x)[0] for x in fits}) < len(fits) for fits in (images, labels)):
             continue
         label_of = {texts: name for name, texts in labels.items()}
-        pairs = {x: label_of[texts] for x, texts in images.items() if label_of.get(texts, x) != x}
+        one = {"layout": layout or {"images": pair[0], "labels": pair[1]}, "root": root}
+        one |= {"split": split, "images": list(images)}
+        one["pairs"] = {x: label_of[y] for x, y in images.items() if label_of.get(y, x) != x}
         if images:
-            one = {"layout": layout, "root": root, "split": split, "list": None}
-            found.append(one | {"images": list(images), "pairs": pairs})
+            found.append(one)
     return found
 
 
-def count(splits, key):
-    return len({name for x in splits for name in x[key]})
+# ---------------------------------------------------------------- what the pictures look like
 
 
-def named(splits):
-    return sum((x["split"] or "").rpartition("/")[2].lower() in SPLITS for x in splits)
+def some(names, count):
+    """Return at most `count` of the names, evenly spaced."""
+    names = list(names)
+    return names[:: (len(names) - 1) // count + 1 or 1]
 
 
 @functools.cache
@@ -120,11 +109,6 @@ def look(path):
     return is_label and not is_jpeg, colours, channels
 
 
-def some(names, count):
-    """Return at most `count` of the names, drawn at random but always the same."""
-    return random.Random(0).sample(sorted(names), min(count, len(names)))
-
-
 def are_labels(root, names):
     """Return whether most of the pictures look like labels, judged by some."""
     looks = [look(root / name)[0] for name in some(names, 6)]
@@ -132,101 +116,99 @@ def are_labels(root, names):
 
 
 def is_labelled(splits):
-    return any(are_labels(x["root"], x["pairs"].values()) for x in splits)
-
-
-def groups_of(files):
-    """Return (folder, extension) -> names."""
-    groups = defaultdict(list)
-    for name in files:
-        groups[dirname(name), splitext(name)[1]].append(name)
-    return groups
-
-
-def photos_in(root, files):
-    """Return the names of the photos below a folder: not those that look like labels."""
-    groups = [names for names in groups_of(files).values() if not are_labels(root, names)]
-    photos = {name for names in groups for name in names}
-    if not photos:
-        fault = "holds pictures of few colours, as labels are, and no photos"
-        raise UserError(f"{root}: {fault}; give the folder of the photos")
-    return photos
-
-
-def guess(root, files):
-    """Return the splits of the pair of patterns that fits best, [] if no pictures are labels.
-
-    Patterns are made from some labels and the photos whose names share their rarest words.
-    """
-    groups = groups_of(files)
-    names = [name for group in some(groups, 24) for name in some(groups[group], 6)]
-    words = {name: set(split_words(name)) for name in files}
-    common = Counter(word for of_name in words.values() for word in of_name)
-    votes = Counter()
-    for label in some([name for name in names if look(root / name)[0]], 12):
-        near = {name: sum(1 / common[x] for x in words[name] & words[label]) for name in files}
-        nearest = [x for group in groups.values() for x in heapq.nlargest(3, group, near.get)]
-        for image in heapq.nlargest(12, nearest, near.get):
-            if not look(root / image)[0]:
-                votes.update(patterns_of(image, label))
-    found = []
-    for pair, _ in votes.most_common(40):
-        splits = splits_in(root, files, pair)
-        images = {name for x in splits for name in x["pairs"]}
-        if len(images) > 1 and is_labelled(splits) and not are_labels(root, images):
-            found.append(splits)
-    most = max((count(splits, "pairs") for splits in found), default=0)
-    found = [splits for splits in found if count(splits, "pairs") > most / 2]
-    return max(found, key=rank, default=[])
-
-
-def split_words(name):
-    return re.findall(r"[^\W\d_]+|\d+|[\W_]", splitext(name)[0])
-
-
-def patterns_of(image, label):
-    """Return pairs of patterns that fit two names, without and with their extensions.
-
-    What the names share becomes a *, or {split} for a folder's name such as train.
-    """
-    words = split_words(image), split_words(label)
-    patterns, ends = ["", ""], [0, 0]
-    for *starts, size in SequenceMatcher(None, *words, autojunk=False).get_matching_blocks():
-        shared = "".join(words[0][starts[0] : starts[0] + size])
-        for k in range(2):
-            patterns[k] += "".join(words[k][ends[k] : starts[k]])
-            patterns[k] += wildcard(shared, patterns[k].endswith("/") or starts == [0, 0])
-            ends[k] = starts[k] + size
-    pairs = [tuple(patterns), (patterns[0] + splitext(image)[1], patterns[1] + splitext(label)[1])]
-    splits = [[x for x in pattern.lower().split("/") if x in SPLITS] for pattern in patterns]
-    if splits[0] != splits[1] or "*" not in patterns[0]:  # of train and val, or of no common name
-        return []
-    return [pair for pair in pairs if pair[0] != pair[1]]
-
-
-def wildcard(text, starts_folder):
-    """Return the pattern for a text that two names share. Marks at its ends stay as they are."""
-    left, inner, right = re.fullmatch(r"([\W_]*)(.*?)([\W_]*)", text, re.DOTALL).groups()
-    pattern, starts_folder = "", starts_folder or left.endswith("/")
-    for part, slash in re.findall(r"([^/]+)(/?)", inner + ("/" if right.startswith("/") else "")):
-        is_split = slash and starts_folder and part.lower() in SPLITS
-        pattern += ("{split}" if is_split else "*") + slash
-        starts_folder = True
-    return left + re.sub(r"\*(/\*)+", "*", pattern) + right.removeprefix("/" * bool(inner))
+    """Return whether the labels of a split look like labels, and its images do not."""
+    kinds = [[are_labels(x["root"], y) for y in (x["pairs"], x["pairs"].values())] for x in splits]
+    return [False, True] in kinds
 
 
 def rank(splits):
-    """Return the key that orders pairs of patterns, the one of photos and classes at the end."""
+    """Return the key that orders pairs of patterns, the best at the end.
+
+    Fewer colours are classes instead of instances; one channel holds values instead of colours.
+    """
     x = max(splits, key=lambda x: len(x["pairs"]))
-    looks = np.array([look(x["root"] / label) for label in some(x["pairs"].values(), 6)])
-    words, others = (set(split_words(name)) for name in next(iter(x["pairs"].items())))
-    patterns = x["layout"].values()
-    return (
-        not any(map(OTHER.search, patterns)),
-        count(splits, "pairs"),
-        looks[:, 2].max() == 1,  # values before colours
-        -len(words ^ others),
-        -np.median(looks[:, 1]),  # classes before instances
-        -count(splits, "images"),
-        -sum(map(len, patterns)),
-    )
+    looks = [look(x["root"] / label) for label in some(x["pairs"].values(), 6)]
+    _, colours, channels = np.median(looks, axis=0)
+    pairs = sum(len(x["pairs"]) for x in splits)
+    if isinstance(x["layout"], str):
+        return pairs, True
+    patterns = "".join(x["layout"].values())
+    names = "".join(pattern.rpartition("/")[2] for pattern in x["layout"].values())
+    return pairs, False, not OTHER.search(patterns), -colours, -channels, -len(names)
+
+
+# ---------------------------------------------------------------- patterns from names
+
+
+def groups_of(files):
+    """Return the 40 largest groups: (folder, extension, first word, last word) -> stem -> name."""
+    groups = defaultdict(dict)
+    for name in files:
+        folder, (path, extension) = dirname(name), splitext(name)
+        stem = path[len(folder) :].lstrip("/")
+        words = [tuple(re.findall(word, stem)) for word in (FIRST, LAST)]
+        groups[(folder, extension, *words)][stem] = name
+    return dict(sorted(groups.items(), key=lambda group: -len(group[1]))[:40])
+
+
+def guesses(groups, photos):
+    """Yield the pairs of patterns that fit a group of photos and a group of labels named alike.
+
+    Each pair comes without and with the files' extensions.
+    """
+    others = [key for key in groups if key not in photos]
+    for keys in itertools.product(photos, others):
+        ends = ends_that_fit(*(groups[key] for key in keys))
+        folders = folder_patterns(*(key[0].split("/") for key in keys))
+        if ends and folders:
+            pair = [f"{folder}/{a}*{b}" for folder, (a, b) in zip(folders, ends, strict=True)]
+            pair = [re.sub(r"\*(/\*)+", "*", pattern).lstrip("/") for pattern in pair]
+            extended = [pattern + key[1] for pattern, key in zip(pair, keys, strict=True)]
+            yield from (tuple(x) for x in (pair, extended) if x[0] != x[1])
+
+
+def ends_that_fit(images, labels):
+    """Return the shortest (prefix, suffix) of the images and of the labels, or None.
+
+    They fit if most labels have the name of an image in between.
+    """
+    few = some(labels, 12)
+    tried = itertools.product(*constants(images), *constants(labels))
+    for a, b, c, d in sorted(tried, key=lambda ends: len("".join(ends))):
+        inner = (x[len(c) : len(x) - len(d)] for x in few if x.startswith(c) and x.endswith(d))
+        if sum(f"{a}{x}{b}" in images for x in inner) > len(few) / 2:
+            return (a, b), (c, d)
+    return None
+
+
+def constants(names):
+    """Return what may be the prefix of a group's names, and what may be their suffix."""
+    few = some(names, 50)
+    first = few[0][: shared(few)]
+    last = few[0][::-1][: shared(name[::-1] for name in few)][::-1]
+    prefix, suffix = re.match(r".*[\W_]|\D*", first), re.search(r"[\W_].*$|\D*$", last)
+    return sorted({"", prefix[0]}), sorted({"", suffix[0]})
+
+
+def shared(sequences):
+    """Return how many elements all sequences have in common at their starts."""
+    same = (len(set(elements)) == 1 for elements in zip(*sequences, strict=False))
+    return sum(itertools.takewhile(bool, same))
+
+
+def folder_patterns(*pair):
+    """Return the patterns of two folders, given as lists of names; None if their splits differ.
+
+    A name such as train becomes {split}; the others become a *, but for those that differ.
+    """
+    splits = [[x for x in parts if x.lower() in SPLITS] for parts in pair]
+    if splits[0] != splits[1]:
+        return None
+    start = shared(pair)
+    end = shared(parts[start:][::-1] for parts in pair)
+    patterns = []
+    for parts in pair:
+        names = ["*"] * start + parts[start : len(parts) - end] + ["*"] * end
+        both = zip(parts, names, strict=True)
+        patterns.append("/".join("{split}" if x in splits[0] else name for x, name in both))
+    return patterns

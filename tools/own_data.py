@@ -1,11 +1,12 @@
 """Write a first configuration for your own image folders, and check every file that one names.
 
-    python -m tools.own_data --init FOLDER_WITH_LABELS FOLDER_WITHOUT --out my.yaml
-    python -m tools.own_data --check --cfg my.yaml
+    python tools/own_data.py --init FOLDER_WITH_LABELS FOLDER_WITHOUT --out my.yaml
+    python tools/own_data.py --check --cfg my.yaml
 
 --check reads every image and label, prints sizes and class shares, and draws contact sheets.
 """
 
+import colorsys
 import os
 import re
 import shlex
@@ -25,17 +26,21 @@ from datasets import CODE, IGNORED, NO_CLASS, Images
 from engine.command import arguments, command
 from engine.config import UserError, one_line
 from engine.files import write_text
-from engine.folders import EXTENSIONS, list_images
+from engine.folders import EXTENSIONS
 from engine.images import paint, read_image, read_label, resize, threads, write_image
 from engine.log import progress
-from layouts import classes, label_values
+from layouts import CITYSCAPES, classes, label_values
 from settings import load_config
-from tools.find_layout import find_splits
-from tools.label_values import NAMED, in_words, meaning, sample, tally
+from tools.find_layout import find_splits, some
 from tools.templates import render
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGEST = 1052 * 1914  # pixels of a training image at most: GTA5's
+SAMPLED = 200  # at most this many files are read for sizes and label values
+LISTED = 60  # colours that are made classes, the most frequent ones
+NAMED = 20  # values or colours that are printed
+KNOWN_IDS = {"cityscapes": "cityscapes", "acdc": "cityscapes", "dark_zurich": "cityscapes"}
+KNOWN_IDS |= {"synthia": "synthia", "bdd100k": "train_ids", "mapillary": "mapillary"}
 
 
 def main():
@@ -55,12 +60,14 @@ def main():
     labelled = {"source": True, "target": cfg.selftrain.diagnose or "oracle" in cfg.stages}
     if cfg.val.root:
         labelled["val"] = True
-    unknown = []
-    for domain in (*labelled, *(f"more_val.{name}" for name in cfg.more_val)):
-        unknown += check(cfg, domain, Images(cfg, domain, labelled.get(domain, True)))
+    labelled |= {f"more_val.{name}": True for name in cfg.more_val}
+    unknown = [line for x in labelled for line in check(cfg, x, Images(cfg, x, labelled[x]))]
     if unknown:
         fault = f"no class for {one_line(', '.join(unknown))}"
         raise UserError(f"{args.cfg}: {fault}; add these values to ids (null: ignored)")
+
+
+# ---------------------------------------------------------------- --init
 
 
 def write_config(source, target, path):
@@ -71,63 +78,65 @@ def write_config(source, target, path):
     if path.exists():
         raise UserError(f"{path}: exists already; remove it, or choose another name with --out")
     found = choose(find_splits(source, labelled=True), find_splits(target))
+    values = meaning(found)
+    name = re.sub(r"[^\w.-]+", "_", path.stem).strip("._-") or "my"
     for domain, x in found.items():
-        if x:
-            what = f"{len(x['images'])} images, {len(x['pairs'])} labels, in {x['root']}"
-            print(f"{domain}: {what}, layout {x['layout']}, split {x['split']}")
-        else:
+        if not x:
             print(f"{domain}: nothing with labels")
+            continue
+        what = f"{len(x['images'])} images, {len(x['pairs'])} labels, in {x['root']}"
+        print(f"{domain}: {what}, layout {x['layout']}, split {x['split']}")
+        x["list"] = path.with_name(f"{name}_{domain}.txt") if x["list"] else None
     sizes = {domain: training_sizes(found[domain]) for domain in ("source", "target")}
     smallest = np.minimum(sizes["source"][0], sizes["target"][0])
-    name = re.sub(r"[^\w.-]+", "_", path.stem).strip("._-") or "my"
-    in_root = Path.cwd().resolve() == ROOT
-    tool = "-m tools.own_data" if in_root else shlex.quote(str(ROOT / "tools/own_data.py"))
-    script = shlex.quote("run_all.sh" if in_root else str(ROOT / "run_all.sh"))
-    check_it = f"python {tool} --check --cfg {shlex.quote(str(path))}"
-    values = {
+    own, tool, script = (
+        shlex.quote(os.path.relpath(x)) for x in (path, __file__, ROOT / "run_all.sh")
+    )
+    values |= {
         "name": name,
-        "check": check_it,
-        "run": f"bash {script} {shlex.quote(str(path))}",
+        "check": f"python {tool} --check --cfg {own}",
+        "run": f"bash {script} {own}",
         "base": os.path.relpath(ROOT / "config.yaml", path.parent.resolve()),
         "gpu": torch.cuda.is_available(),
         "sizes": sizes,
         "crop": (smallest * 5 // 6 // 16 * 16).tolist(),
         "translation_crop": np.maximum(smallest // 2 // 4 * 4, 32).tolist(),
-        **meaning(found),
     }
-    written = [path]
+    render(path, "own_data.yaml.jinja", **found, **values)
     try:
-        for domain, x in found.items():
-            if x and x["list"]:
-                x["list_file"] = path.with_name(f"{name}_{domain}.txt")
-                written.append(x["list_file"])
-                write_text(x["list_file"], "".join(f"{image}\n" for image in x["list"]))
-        render(path, "own_data.yaml.jinja", **found, **values)
         load_config(path)
     except UserError:
-        for file in written:
-            file.unlink(missing_ok=True)
+        path.unlink()
         raise
-    print(f"{path}: written, name: {name}; read it through, then {check_it}")
+    for x in filter(None, found.values()):
+        if x["list"]:
+            write_text(x["list"], "".join(f"{image}\n" for image in x["pairs"]))
+    print(f"{path}: written, name: {name}; read it through, then {values['check']}")
 
 
 def choose(sources, targets):
-    """Return the splits to use: source, target, and val, which is None without labels."""
+    """Return the splits to use: source, target, and val, which is None without labels.
+
+    list: whether only those images are to be used that have labels.
+    """
 
     def is_split(x, kind):
-        return (x["split"] or "").rpartition("/")[2].lower().startswith(kind)
-
-    def preference(x):
-        return is_split(x, "train"), x["split"] is None, len(x["images"]) - len(x["pairs"])
+        return (x["split"] or "").lower().startswith(kind)
 
     source = max(sources, key=lambda x: (is_split(x, "train"), len(x["pairs"])))
-    target = max(targets, key=preference)
-    labelled = [x for x in targets if x["pairs"] and x is not target]
-    val = max(labelled, key=lambda x: (is_split(x, "val"), len(x["pairs"])), default=None)
-    for x in (source, val):
-        if x and len(x["pairs"]) < len(x["images"]):
-            x["list"] = list(x["pairs"])  # of the images that have labels
-    return {"source": source, "target": target, "val": val}
+    rank = [(is_split(x, "train"), not x["split"], -len(x["pairs"])) for x in targets]
+    target = targets[rank.index(max(rank))]
+    others = [x for x in targets if x["pairs"] and x is not target]
+    val = max(others, key=lambda x: (is_split(x, "val"), len(x["pairs"])), default=None)
+    found = {"source": source, "target": target | {"list": False}, "val": val}
+    for x in filter(None, (source, val)):
+        x["list"] = len(x["pairs"]) < len(x["images"])
+    return found
+
+
+def sample(x, names):
+    """Return the paths of some of a split's files."""
+    return [x["root"] / name for name in some(names, SAMPLED)]
 
 
 def training_sizes(x):
@@ -135,8 +144,7 @@ def training_sizes(x):
 
     If there are landscape and portrait images, those of the more frequent shape count.
     """
-    paths = sample(x, x["list"] or x["images"])
-    sizes = np.array([read_image(path).shape[:2] for path in paths])
+    sizes = np.array([read_image(path).shape[:2] for path in sample(x, x["images"])])
     landscape = sizes[:, 1] >= sizes[:, 0]
     size = np.median(sizes[landscape == (landscape.mean() >= 0.5)], axis=0)
     if size.min() < 40:  # a translation's crop is 32, of the low size
@@ -146,6 +154,102 @@ def training_sizes(x):
     return [(size * scale).astype(int).tolist() for scale in (0.8, 1)]
 
 
+def coding_of(x):
+    """Return how the labels of a split are coded: values, red or colours. Raises UserError."""
+    kinds = {}
+    for path in sample(x, x["pairs"].values()):
+        with Image.open(path) as image:
+            kinds["colours" if image.mode.startswith("RGB") else "values"] = path
+    if len(kinds) > 1:
+        fault = f"is a colour image, but {kinds['values']} is not; labels must be of one kind"
+        raise UserError(f"{kinds['colours']}: {fault}")
+    return "red" if x["layout"] == "synthia" else min(kinds)
+
+
+def meaning(found):
+    """Return what the template says of the labels of source and val. Raises UserError.
+
+    entries: (value or [r, g, b] as text, share of the pixels, class or None, the class's colour).
+    """
+    source, coding = found["source"], coding_of(found["source"])
+    if found["val"] and coding_of(found["val"]) != coding:
+        print("val: its labels are of another kind than the source's, and are not used")
+        found["val"] = None
+    pixels, colours = Counter(), {}  # of each value or code; a palette's colours, or its own
+    for x in filter(None, (source, found["val"])):
+        for path in sample(x, x["pairs"].values()):
+            codes = codes_of(read_label(path, coding))
+            pixels.update(tally(codes))
+            if pixels.keys() - colours.keys():
+                painted = read_image(path)
+                colours = {x: painted[codes == x][0].tolist() for x in tally(codes)} | colours
+    shares = {code: pixels[code] / pixels.total() for code in sorted(pixels)}
+    by_colour, known, note = coding == "colours", None, None
+    if len(shares) < 2 or (len(shares) > 255 and not by_colour):
+        path, fault = sample(source, source["pairs"].values())[0], f"{len(shares)} values"
+        remedy = "a label holds the number of a class in every pixel"
+        raise UserError(f"{path}: this label and the others hold {fault}; {remedy}")
+    if by_colour:
+        names = {code: f"class_{k}" for k, (code, _) in enumerate(pixels.most_common(LISTED), 1)}
+    else:
+        is_class, note = judge_255(shares)
+        names = {x: f"class_{x}" if x != 255 or is_class else None for x in shares}
+        ids = KNOWN_IDS.get(str(source["layout"]))
+        if ids and shares.keys() <= label_values(ids, CITYSCAPES).keys():
+            known = ids
+        if all(len(set(colour)) == 1 for colour in colours.values()):  # gray, without a palette
+            colours = {x: distinct_colour(k) for k, x in enumerate(names)}
+    entries = [(in_words(x, coding), shares[x], names[x], colours[x]) for x in names]
+    first = ", ".join(f"{key} ({share:.1%})" for key, share, *_ in entries[:NAMED])
+    print(f"label {'colours' if by_colour else 'values'}, {len(shares)}: {first}")
+    if note:
+        print(f"  {note}")
+    return {"by_colour": by_colour, "known": known, "note": note, "entries": entries}
+
+
+def codes_of(values):
+    """Return the values (H, W) of a label, or its colours (H, W, 3) as numbers."""
+    return values if values.ndim == 2 else values @ CODE
+
+
+def tally(codes):
+    """Return code -> pixels of a label (H, W)."""
+    codes = codes.ravel()
+    starts = np.append(0, np.flatnonzero(codes[1:] != codes[:-1]) + 1)  # few: labels are flat
+    found, where = np.unique(codes[starts], return_inverse=True)
+    pixels = np.bincount(where, np.diff(np.append(starts, codes.size))).astype(int)
+    return dict(zip(found.tolist(), pixels.tolist(), strict=True))
+
+
+def in_words(code, coding):
+    """Return a value, or the colour of a code, as it is written in a configuration."""
+    return str([code // place % 256 for place in CODE.tolist()] if coding == "colours" else code)
+
+
+def judge_255(shares):
+    """Return whether the label value 255 is a class, and a line that says so; None without it.
+
+    It is one in a mask: beside one other value, or with a few percent of the pixels beside values
+    that are not the numbers of three or more classes.
+    """
+    if 255 not in shares:
+        return True, None
+    others, words = shares.keys() - {255}, f"value 255, {shares[255]:.1%} of the pixels, is taken"
+    numbered = len(others) > 2 and max(others) < 64
+    if len(others) < 2 or (shares[255] > 0.03 and not numbered):
+        return True, f"{words} as a class; if it is none, write null for it in ids"
+    return False, f"{words} as ignored; if it is a class, name it in ids and classes"
+
+
+def distinct_colour(k):
+    """Return colour k, [r, g, b], of a series whose neighbours differ in hue and lightness."""
+    colour = colorsys.hsv_to_rgb(k * 0.382 % 1, 1 - k % 3 * 0.25, 1 - k % 2 * 0.4)
+    return [round(255 * channel) for channel in colour]
+
+
+# ---------------------------------------------------------------- --check
+
+
 def check(cfg, domain, images, shown=12):
     """Read all files of a datasets.Images, print sizes and class shares, draw a contact sheet.
 
@@ -153,19 +257,16 @@ def check(cfg, domain, images, shown=12):
     UserError for a file that cannot be trained on.
     """
     sizes, pixels, unknown, first = Counter(), np.zeros(256, np.int64), Counter(), {}
-    known = set()
-    if images.labelled:
-        named = label_values(images.spec.ids, images.classes)
-        known = {np.dot(x, CODE) if isinstance(x, tuple) else x for x in named}
-        images.table[images.table == NO_CLASS] = IGNORED  # all are named below, not the first one
+    named = label_values(images.spec.ids, images.classes)
+    known = {np.dot(x, CODE) if isinstance(x, tuple) else x for x in named}
+    images.table[images.table == NO_CLASS] = IGNORED  # all are named below, not the first one
     with progress(total=len(images), desc=domain) as bar:
-        for i, (size, found, counts) in enumerate(
-            threads.map(lambda i: read(images, i), range(len(images)))
-        ):
+        found = threads.map(lambda i: read(images, i), range(len(images)))
+        for i, (size, codes, counts) in enumerate(found):
             sizes[size] += 1
             pixels += counts
-            for code in found.keys() - known:
-                unknown[code] += found[code]
+            for code in codes.keys() - known:
+                unknown[code] += codes[code]
                 first.setdefault(code, images.label_paths[i])
             bar.update()
     labels = "" if images.labelled else ", labels not read"
@@ -181,8 +282,6 @@ def check(cfg, domain, images, shown=12):
     for code, count in unknown.most_common(NAMED):
         share = f"{count / pixels.sum():.2%} of the pixels, first in {first[code]}"
         print(f"  unknown {kind} {in_words(code, images.coding)}: {share}")
-    if len(unknown) > NAMED:
-        print(f"  and {len(unknown) - NAMED} more unknown {kind}s")
     images.check()
     path = Path(cfg.output) / cfg.name / f"contact_sheet_{domain}.png"
     write_image(path, contact_sheet(images, classes(cfg), shown))
@@ -193,25 +292,23 @@ def check(cfg, domain, images, shown=12):
 def left_out(images):
     """Return in words which files in the folders of a datasets.Images are not read, and why."""
     counts = Counter()
-    for _, folders, files in os.walk(images.folder):
-        counts["hidden"] += sum(name.startswith(".") for name in folders + files)
-        kinds = (Path(name).suffix.lower() for name in files if not name.startswith("."))
-        counts.update(f"named *{kind}" for kind in kinds if kind not in EXTENSIONS)
-        folders[:] = [name for name in folders if not name.startswith(".")]
     used = {images.folder / name for name in images.names} | set(images.label_paths)
     places = {"not in the list or of the layout": images.folder}
     if images.labelled:
         labels = os.path.commonpath([path.parent for path in images.label_paths])
         places["labels without an image"] = Path(labels)
     for why, folder in places.items():
-        files = {folder / name for name in list_images(folder, unique=False)}
-        counts[why] = len(files - used)
+        files = {path for path in folder.rglob("*") if path.is_file()} - used
         used |= files
-    return one_line(", ".join(f"{n} {why}" for why, n in counts.most_common() if n)) or "nothing"
+        for path in files:
+            is_image = path.suffix.lower() in EXTENSIONS
+            kind = why if is_image else f"named *{path.suffix.lower()}"
+            counts["hidden" if path.name.startswith(".") else kind] += 1
+    return one_line(", ".join(f"{n} {why}" for why, n in counts.most_common())) or "nothing"
 
 
 def read(images, i):
-    """Return image i's (H, W), its label's values -> pixels, and its label's pixels of each class.
+    """Return image i's (H, W), its label's codes -> pixels, and its label's pixels of each class.
 
     Pillow reads the files as well: what OpenCV guesses in a damaged one, it refuses.
     """
@@ -229,7 +326,8 @@ def read(images, i):
     if not images.labelled:
         return size, {}, np.zeros(256, int)
     values = read_label(images.label_paths[i], images.coding)
-    return size, tally(values), np.bincount(images.to_classes(values, i).ravel(), minlength=256)
+    counts = np.bincount(images.to_classes(values, i).ravel(), minlength=256)
+    return size, tally(codes_of(values)), counts
 
 
 def contact_sheet(images, colours, shown):
