@@ -193,7 +193,7 @@ def test_linked_folders_are_read_and_what_is_left_out_is_told(dataset, run, chec
     save(Path("labels_elsewhere/99999.png"), picture(0)[1])
     lines = ok(check()).splitlines()
     assert lines[0].startswith("source: 6 images in ")
-    for part in ("1 hidden", "1 named *.heic", "1 labels without an image"):
+    for part in ("1 *.heic", "1 *.png"):
         assert part in lines[1], lines
     ok(run("warmup", *PLAIN))
 

@@ -103,7 +103,7 @@ FAULTS = {
     "camera: no images": lambda: [shutil.rmtree(path) for path in Path("camera").iterdir()],
     "hold 1 values": one_value,
     "hold 3072 values": lambda: save(LABEL, np.arange(3072, dtype=np.uint16).reshape(48, 64)),
-    "labels must be of one kind": lambda: save(LABEL, picture(0)[0]),
+    "is a colour image": lambda: save(LABEL, picture(0)[0]),
 }
 
 

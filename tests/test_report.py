@@ -12,7 +12,7 @@ from conftest import CLASSES, ROOT, changed, log, ok, refused
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine.images import read_image
-from tools.entries import agreements, pages
+from tools.entries import pages
 from tools.report import TITLES, read_log
 
 
@@ -192,15 +192,3 @@ def test_a_run_of_a_version_with_fewer_keys(finished, run):
 def test_every_table_has_the_figures_of_its_runs():
     for path, text in pages(ROOT).items():
         assert path.read_text(encoding="utf-8") == text, f"{path}: python -m tools.entries"
-
-
-def test_the_pairs_that_agreement_ranks(tmp_path):
-    found = {"source_only": (30, 80), "warmup": (40, 85), "selftrain": (45, 83), "oracle": (60, 70)}
-    results = {stage: {"miou": miou, "agreement": x} for stage, (miou, x) in found.items()}
-    runs = [{"folder": tmp_path / name, "results": results} for name in ("a", "b")]
-    rows = [*agreements(runs)][2:]
-    networks = "source_only 30.0, warmup 40.0, selftrain 45.0"
-    assert rows[0] == ("a", networks, "80.0, 85.0, 83.0", "2 of 3")
-    assert rows[2][3] == "4 of 6"
-    results["warmup"]["agreement"] = results["selftrain"]["agreement"] = None
-    assert [*agreements(runs)][2:] == [("all", "", "", "0 of 0")]  # one network ranks nothing

@@ -1,21 +1,18 @@
-"""Time every stage against its bare networks, on made-up images of a configuration's sizes.
+"""Time the steps of training against its bare networks, on made-up images of the sizes of --cfg.
 
     python -m tools.bench --cfg config.yaml          # on the device of the configuration
     python -m tools.bench --cfg configs/demo.yaml --steps 30 --parts warmup,loader
     python -m tools.bench --cfg config.yaml precision=bf16 compile=true
 
 Both sides of a ratio take turns in one process. Prints a Markdown table of medians, seconds where
-nothing else is said, and writes the same to a JSON file. Where there is a GPU, its tests run too.
+nothing else is said, and writes the same to a JSON file.
 """
 
 import contextlib
 import functools
-import itertools
 import json
 import multiprocessing
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,10 +23,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to be run by its path too
+
 import selftrain
-import translate_cyclegan
 import warmup
-from datasets import Crops, Images, Whole
+from datasets import Crops, Images
 from engine.command import arguments, command
 from engine.config import UserError, plain
 from engine.device import environment, memory_gb
@@ -38,13 +36,11 @@ from engine.folders import Aligned
 from engine.images import read_image, read_label, write_image
 from engine.loop import Run
 from layouts import classes
-from losses import Centroids
-from metrics import at_scales, predictions
 from models import build_segmenter
 from settings import checked, load_config
 
-ROOT = Path(__file__).parent.parent
-VIEWS = {"warmup": 2, "selftrain": 3}  # of each image, which pass through both networks
+# stage -> views of each image, which pass through both networks
+STAGES = {"warmup": 2, "selftrain": 3}
 SETTLE = 2  # the first turns, which do not count
 
 
@@ -81,19 +77,18 @@ class Timed(Run):
     """
 
     def __init__(self, cfg, stage, repeats):
-        super().__init__(cfg, stage, "translation" if stage == "translator" else stage)
+        super().__init__(cfg, stage, stage)
         self.repeats, self.times = repeats, ([], [])
 
     def steps(self, batches, total):
         batch = self.fetch(next(iter(batches)))
-        views = VIEWS.get(self.stage, 0) * batches.batch_size
+        views = STAGES[self.stage] * batches.batch_size
         images = torch.rand(views, 3, *self.cfg.crop, device=self.device)
         for step in range(self.repeats + SETTLE):
             started = now(self.device)
             yield min(step, total - 1), [batch] * self.cfg.accumulate
             between = now(self.device)
-            if views:
-                bare_networks(self, images)
+            bare_networks(self, images)
             self.times[0].append(between - started)
             self.times[1].append(now(self.device) - between)
 
@@ -118,13 +113,12 @@ def train(run):
     """Run the loop of a Timed, without what its stage needs to have been done before."""
     run.is_finished(True)
     source, target = Images(run.cfg, "source", True), Images(run.cfg, "target", False)
-    if run.stage == "translator":
-        translate_cyclegan.train(run, source, target)
-    elif run.stage == "warmup":
+    if run.stage == "warmup":
         warmup.train(run, None, source)
     else:
-        first, model = network(run.cfg, "warmup")
-        first.save(first.result, 0, {"student": model})
+        first = Run(run.cfg, "warmup", "warmup")
+        model = build_segmenter(num_classes=len(classes(run.cfg)), **run.cfg.model)
+        first.save(first.result, 0, {"student": first.place(model)})
         selftrain.train(run, first.result, run.folder / "pseudo_labels", source, target)
     return run
 
@@ -132,8 +126,7 @@ def train(run):
 def time_steps(tree, stage, steps):
     """Return a stage's row of the table. tree: the configuration, as plain dicts."""
     run = train(Timed(checked(tree, [], "bench"), stage, steps))
-    found = ratio(*run.times) if stage in VIEWS else {"seconds": median(run.times[0])}
-    return found | {"first": run.times[0][0], "GiB": memory_gb(run.device)}
+    return ratio(*run.times) | {"first": run.times[0][0], "GiB": memory_gb(run.device)}
 
 
 def measure_step(stage, cfg, steps):
@@ -164,58 +157,17 @@ def time_samples(cfg, domain, kind, read, steps):
         if images.labelled:
             np.array(Image.open(images.label_paths[i]))  # paletted
 
-    ours, bare = (map(call, itertools.count()).__next__ for call in (crops.__getitem__, decode))
-    return in_turns(time.process_time, 5 * steps, ours, bare)
+    seconds = [], []
+    for n in range(5 * steps + SETTLE):
+        for call, kept in zip((crops.__getitem__, decode), seconds, strict=True):
+            started = time.process_time()
+            call(n)
+            kept.append(time.process_time() - started)
+    return ratio(*seconds)
 
 
-def measure_evaluate(cfg, steps):
-    run, model = network(cfg, "evaluation")
-    given = model, Whole(Images(cfg, "val", labelled=True), cfg.val.size), cfg.evaluation.scales
-    return against_networks(run, steps, lambda: [*predictions(run, *given)], *given)
-
-
-def measure_pseudo_labels(cfg, steps):
-    run, model = network(cfg, "selftrain")
-    target = Images(cfg, "target", labelled=False)
-    centroids = Centroids(len(classes(cfg)), model.channels).to(run.device)
-    given = run, model, target, centroids, run.folder / "pseudo_labels"
-    networks = model, Whole(target, cfg.target.sizes[-1]), selftrain.SCALES
-    return against_networks(run, steps, lambda: [*selftrain.label_target(*given)], *networks)
-
-
-def measure_translate(cfg, steps):
-    run = Run(cfg, "translator", "translation")
-    generator = translate_cyclegan.Generator(cfg.translation.filters, cfg.translation.blocks)
-    generator, source = run.place(generator), Images(cfg, "source", labelled=False)
-
-    def ours():
-        folder = run.folder / "translated"
-        translate_cyclegan.write(run, generator, source, folder, time.time())
-
-    return against_networks(run, steps, ours, generator, Whole(source), [1])
-
-
-def measure_gpu_tests(cfg, steps):
-    """Run the tests that need a GPU; return how many passed and how many did not."""
-    if not torch.cuda.is_available():
-        return {}
-    ask = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"]
-    out = subprocess.run(ask, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False).stdout
-    print(out)
-    outcome = re.findall(r"(\d+) (\w+)", out.strip().rpartition("\n")[2])
-    return {word: int(count) for count, word in outcome}
-
-
-PARTS = {
-    "translator": functools.partial(measure_step, "translator"),
-    "warmup": functools.partial(measure_step, "warmup"),
-    "selftrain": functools.partial(measure_step, "selftrain"),
-    "loader": measure_loader,
-    "evaluate": measure_evaluate,
-    "pseudo_labels": measure_pseudo_labels,
-    "translate": measure_translate,
-    "gpu_tests": measure_gpu_tests,
-}
+PARTS = {stage: functools.partial(measure_step, stage) for stage in STAGES}
+PARTS["loader"] = measure_loader
 
 
 def now(device):
@@ -225,49 +177,10 @@ def now(device):
     return time.perf_counter()
 
 
-def in_turns(clock, turns, *calls):
-    """Return the ratio of two functions that are called in turns."""
-    seconds = [], []
-    for _ in range(turns + SETTLE):
-        for call, kept in zip(calls, seconds, strict=True):
-            started = clock()
-            call()
-            kept.append(clock() - started)
-    return ratio(*seconds)
-
-
-def median(seconds):
-    return statistics.median(seconds[SETTLE:])
-
-
 def ratio(ours, bare):
     """Return the medians of two lists of seconds, and their ratio."""
-    ours, bare = median(ours), median(bare)
+    ours, bare = (statistics.median(seconds[SETTLE:]) for seconds in (ours, bare))
     return {"seconds": ours, "bare": bare, "ratio": ours / bare}
-
-
-@torch.no_grad()
-def against_networks(run, steps, ours, model, whole, scales):
-    """Return the ratio of a function to passing all images of a datasets.Whole through the model.
-
-    The images are on the device; their sides are cut to multiples of 4.
-    """
-    images = [run.fetch(torch.tensor(sample["image"])[None]) for sample in whole]
-    images = [x[..., : x.shape[2] // 4 * 4, : x.shape[3] // 4 * 4] for x in images]
-
-    def bare():
-        for image in images:
-            with run.autocast():
-                at_scales(model, image, scales)
-
-    return in_turns(functools.partial(now, run.device), steps, ours, bare)
-
-
-def network(cfg, section):
-    """Return a run and an untrained network, on its device and in eval mode."""
-    run = Run(cfg, "warmup", section)
-    model = build_segmenter(num_classes=len(classes(cfg)), **cfg.model)
-    return run, run.place(model).eval()
 
 
 def make_files(cfg, folder, count=4):

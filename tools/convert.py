@@ -13,11 +13,14 @@ pytorch-CycleGAN-and-pix2pix -> a translated image for each one of cfg.source, i
 translation.images.
 """
 
+import sys
 import time
 from pathlib import Path
 
 import torch
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to be run by its path too
 
 from datasets import Images
 from engine.command import Parser, command
@@ -74,7 +77,7 @@ def save(path, state):
 def student(path, cfg):
     """Return a checkpoint's entries from the authors' student.pth. Raises UserError."""
     ours = mean_and_std(128 / 255)
-    for key, value in tensors(path).items():
+    for key, value in load_tensors(path).items():
         prefix = next((prefix for prefix in STUDENT_KEYS if key.startswith(prefix)), "")
         name = STUDENT_KEYS.get(prefix, "") + key.removeprefix(prefix)
         if key == "layer0.0.weight":
@@ -113,21 +116,12 @@ def mean_and_std(std):
     return {"mean": mean, "std": torch.full((3, 1, 1), std)}
 
 
-def tensors(path):
-    """Return a file's state dict. Raises UserError where it holds anything but tensors."""
-    state = load_tensors(path)
-    other = next((key for key, x in state.items() if not isinstance(x, torch.Tensor)), None)
-    if other is not None:
-        raise UserError(f"{path}: its entry {other} is no tensor; is this the authors' file?")
-    return state
-
-
 # ---------------------------------------------------------------- translators
 
 
 def cyclegan(path):
     """Return the Generator in a latest_net_G_A.pth. Raises UserError."""
-    state = {key.removeprefix("module."): value for key, value in tensors(path).items()}
+    state = {key.removeprefix("module."): value for key, value in load_tensors(path).items()}
     # old PyTorch versions saved statistics of instance norm, which nothing reads
     unused = ("running_mean", "running_var", "num_batches_tracked")
     state = {key: value for key, value in state.items() if not key.endswith(unused)}
@@ -176,7 +170,7 @@ def authors_translator(folder):
     ):
         names = [f"{conv}.conv.{kind}" for conv in convs for kind in ("weight", "bias")]
         ours = dict(zip(names, module.state_dict(), strict=True))
-        theirs = tensors(Path(folder) / name)
+        theirs = load_tensors(Path(folder) / name)
         renamed = {ours.get(key, f"? {key}"): value for key, value in theirs.items()}
         load_exactly(module, renamed, Path(folder) / name)
     return generator

@@ -4,13 +4,14 @@
     python -m tools.entries                               # writes the tables alone
 
 A table stands below a line `<!-- entries: NAME ... -->`, with a column for each name; below
-`<!-- entries: all -->` it has a line for each entry; below `<!-- entries: agreement -->` it shows
-how well agreement between scales ranks the networks of each.
+`<!-- entries: all -->` it has a line for each entry.
 """
 
-import itertools
 import re
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to be run by its path too
 
 from engine.command import Parser, command
 from engine.config import UserError
@@ -56,8 +57,6 @@ def pages(root):
     def table(found):
         if found[2] == "all":
             rows = [COLUMNS, ["---"] * len(COLUMNS), *map(line, entries.values())]
-        elif found[2] == "agreement":
-            rows = list(agreements(entries.values()))
         else:
             names = found[2].split()
             if unknown := {*names} - {*entries}:
@@ -94,25 +93,6 @@ def stages(runs):
     if set(REFERENCES) <= set(there):
         rows.append(["share of the gap that is closed", *map(closed, runs)])
     return rows
-
-
-def agreements(runs):
-    """Yield rows: each run's networks by their mIoU, and the pairs that agreement ranks alike."""
-    yield from (("entry", "networks by their mIoU", "agreement", "pairs ranked"), ["---"] * 4)
-    sums = [0, 0]
-    for run in runs:
-        scores = {stage: run["results"][stage] for stage in WORDS.keys() & run["results"].keys()}
-        scores.pop("oracle", None)
-        found = [(e["miou"], e.get("agreement"), stage) for stage, e in scores.items()]
-        found = sorted(entry for entry in found if None not in entry)
-        if len(found) < 2:
-            continue
-        ranked = [a[1] < b[1] for a, b in itertools.combinations(found, 2)]
-        sums = [sums[0] + sum(ranked), sums[1] + len(ranked)]
-        networks = ", ".join(f"{stage} {miou:.1f}" for miou, _, stage in found)
-        figures = ", ".join(f"{agreement:.1f}" for _, agreement, _ in found)
-        yield run["folder"].name, networks, figures, f"{sum(ranked)} of {len(ranked)}"
-    yield "all", "", "", "{} of {}".format(*sums)
 
 
 def line(run):

@@ -7,9 +7,13 @@ hold class names, colours and val.size. Needs `pip install -r tools/requirements
 """
 
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to be run by its path too
 
 from engine.command import Parser, command
 from engine.config import UserError

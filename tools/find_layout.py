@@ -14,9 +14,11 @@ from engine.config import UserError, one_line
 from engine.folders import list_images
 from layouts import LAYOUTS, match
 
-SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
-# what begins a name, as in rgb_0001 or rgb0001, and what ends it, as in 0001_rgb or 0001rgb
-FIRST, LAST = r"^[^\W\d_]+(?:[\W_]+(?=.)|(?=\d))", r"(?:(?<=.)[\W_]+|(?<=\d))[^\W\d_]+$"
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+# a word that begins a name, as in rgb_0001 or rgb0001, and one that ends it, as in 0001_rgb
+FIRST, LAST = r"[^\W\d_]+(?:[\W_]+(?=.)|(?=\d))", r"(?<=.)[\W_]+[^\W\d_][^\W_]*"
+# of layouts.LAYOUTS; the last one counts where two are the same
+NAMED = ("cityscapes", "acdc", "dark_zurich", "bdd100k", "mapillary", "synthia", "folder")
 # names of what is neither a photo nor a label of classes
 OTHER = re.compile("viz|overlay|blend|depth|normal|flow|inst", re.IGNORECASE)
 
@@ -35,10 +37,8 @@ def find_splits(root, labelled=False):
         raise UserError(f"{root}: no images were found; see docs/own_data.md for the layouts")
     groups = groups_of(files)
     photos = [names for names in groups if not are_labels(root, groups[names].values())]
-    pairs = {LAYOUTS["folder"][0]: "folder"}
-    for name in ("cityscapes", "acdc", "dark_zurich", "bdd100k", "mapillary", "synthia"):
-        pairs = dict.fromkeys(LAYOUTS[name], name) | pairs
-    pairs = dict.fromkeys(guesses(groups, photos)) | pairs
+    known = {pair: name for name in NAMED for pair in LAYOUTS[name]}
+    pairs = dict.fromkeys(guesses(groups, photos)) | known
     found = [splits_in(root, files, pair, name) for pair, name in pairs.items()]
     best = max(filter(is_labelled, found), key=rank, default=None)
     if best:
@@ -63,9 +63,7 @@ def splits_in(root, files, pair, layout):
 
     Files that differ in their extension only, which the core refuses, are in none.
     """
-    found, names = [], []
-    if pair[0].find("{split}") < pair[0].find("*"):
-        names.append(None)  # the patterns are as the core reads them
+    found, names = [], [None]
     if "{split}" in pair[0]:
         parts = {part for name in files for part in dirname(name).split("/")}
         names += sorted(part for part in parts if part.lower() in SPLITS) or ["*"]
@@ -77,11 +75,10 @@ def splits_in(root, files, pair, layout):
         if any(len({splitext(x)[0] for x in fits}) < len(fits) for fits in (images, labels)):
             continue
         label_of = {texts: name for name, texts in labels.items()}
-        one = {"layout": layout or {"images": pair[0], "labels": pair[1]}, "root": root}
-        one |= {"split": split, "images": list(images)}
-        one["pairs"] = {x: label_of[y] for x, y in images.items() if label_of.get(y, x) != x}
-        if images:
-            found.append(one)
+        pairs = {x: label_of[y] for x, y in images.items() if label_of.get(y, x) != x}
+        one = {"layout": layout or dict(zip(("images", "labels"), pair, strict=True))}
+        one |= {"root": root, "split": split, "images": list(images), "pairs": pairs}
+        found += [one] if images else []
     return found
 
 
@@ -122,19 +119,16 @@ def is_labelled(splits):
 
 
 def rank(splits):
-    """Return the key that orders pairs of patterns, the best at the end.
-
-    Fewer colours are classes instead of instances; one channel holds values instead of colours.
-    """
+    """Return the key that orders pairs of patterns, the best at the end."""
     x = max(splits, key=lambda x: len(x["pairs"]))
-    looks = [look(x["root"] / label) for label in some(x["pairs"].values(), 6)]
-    _, colours, channels = np.median(looks, axis=0)
     pairs = sum(len(x["pairs"]) for x in splits)
     if isinstance(x["layout"], str):
         return pairs, True
-    patterns = "".join(x["layout"].values())
+    looks = [look(x["root"] / label) for label in some(x["pairs"].values(), 6)]
+    _, colours, channels = np.median(looks, axis=0)  # few: of classes; one channel: values
     names = "".join(pattern.rpartition("/")[2] for pattern in x["layout"].values())
-    return pairs, False, not OTHER.search(patterns), -colours, -channels, -len(names)
+    is_other = OTHER.search(str(x["layout"])) is not None
+    return pairs, False, not is_other, -colours, -channels, -len(names)
 
 
 # ---------------------------------------------------------------- patterns from names
@@ -146,16 +140,20 @@ def groups_of(files):
     for name in files:
         folder, (path, extension) = dirname(name), splitext(name)
         stem = path[len(folder) :].lstrip("/")
-        words = [tuple(re.findall(word, stem)) for word in (FIRST, LAST)]
-        groups[(folder, extension, *words)][stem] = name
+        first, last = ends_of(stem)
+        groups[folder, extension, first[1], last[1]][stem] = name
     return dict(sorted(groups.items(), key=lambda group: -len(group[1]))[:40])
 
 
-def guesses(groups, photos):
-    """Yield the pairs of patterns that fit a group of photos and a group of labels named alike.
+def ends_of(stem):
+    """Return what may be the prefix of a name: nothing, a word, all words; and the suffix."""
+    first = [re.match(f"(?:{FIRST}){count}", stem)[0] for count in ("{0}", "?", "*")]
+    last = [re.search(f"(?:{LAST}){count}$", stem)[0] for count in ("{0}", "?", "*")]
+    return first, last
 
-    Each pair comes without and with the files' extensions.
-    """
+
+def guesses(groups, photos):
+    """Yield the pairs of patterns that fit a group of photos and a group of labels named alike."""
     others = [key for key in groups if key not in photos]
     for keys in itertools.product(photos, others):
         ends = ends_that_fit(*(groups[key] for key in keys))
@@ -163,8 +161,9 @@ def guesses(groups, photos):
         if ends and folders:
             pair = [f"{folder}/{a}*{b}" for folder, (a, b) in zip(folders, ends, strict=True)]
             pair = [re.sub(r"\*(/\*)+", "*", pattern).lstrip("/") for pattern in pair]
-            extended = [pattern + key[1] for pattern, key in zip(pair, keys, strict=True)]
-            yield from (tuple(x) for x in (pair, extended) if x[0] != x[1])
+            if pair[0] == pair[1]:
+                pair = [pattern + key[1] for pattern, key in zip(pair, keys, strict=True)]
+            yield tuple(pair)
 
 
 def ends_that_fit(images, labels):
@@ -173,7 +172,7 @@ def ends_that_fit(images, labels):
     They fit if most labels have the name of an image in between.
     """
     few = some(labels, 12)
-    tried = itertools.product(*constants(images), *constants(labels))
+    tried = itertools.product(*ends_of(min(images)), *ends_of(min(labels)))
     for a, b, c, d in sorted(tried, key=lambda ends: len("".join(ends))):
         inner = (x[len(c) : len(x) - len(d)] for x in few if x.startswith(c) and x.endswith(d))
         if sum(f"{a}{x}{b}" in images for x in inner) > len(few) / 2:
@@ -181,34 +180,15 @@ def ends_that_fit(images, labels):
     return None
 
 
-def constants(names):
-    """Return what may be the prefix of a group's names, and what may be their suffix."""
-    few = some(names, 50)
-    first = few[0][: shared(few)]
-    last = few[0][::-1][: shared(name[::-1] for name in few)][::-1]
-    prefix, suffix = re.match(r".*[\W_]|\D*", first), re.search(r"[\W_].*$|\D*$", last)
-    return sorted({"", prefix[0]}), sorted({"", suffix[0]})
-
-
-def shared(sequences):
-    """Return how many elements all sequences have in common at their starts."""
-    same = (len(set(elements)) == 1 for elements in zip(*sequences, strict=False))
-    return sum(itertools.takewhile(bool, same))
-
-
-def folder_patterns(*pair):
+def folder_patterns(images, labels):
     """Return the patterns of two folders, given as lists of names; None if their splits differ.
 
-    A name such as train becomes {split}; the others become a *, but for those that differ.
+    A name that both share becomes {split}, if it is one such as train, or a *.
     """
-    splits = [[x for x in parts if x.lower() in SPLITS] for parts in pair]
-    if splits[0] != splits[1]:
+    if {name.lower() for name in {*images} ^ {*labels}} & SPLITS:
         return None
-    start = shared(pair)
-    end = shared(parts[start:][::-1] for parts in pair)
-    patterns = []
-    for parts in pair:
-        names = ["*"] * start + parts[start : len(parts) - end] + ["*"] * end
-        both = zip(parts, names, strict=True)
-        patterns.append("/".join("{split}" if x in splits[0] else name for x, name in both))
-    return patterns
+    if len(images) == len(labels):
+        for k, (x, y) in enumerate(zip(images, labels, strict=True)):
+            if x == y:
+                images[k] = labels[k] = "{split}" if x.lower() in SPLITS else "*"
+    return "/".join(images), "/".join(labels)

@@ -10,6 +10,7 @@ import colorsys
 import os
 import re
 import shlex
+import statistics
 import sys
 import warnings
 from collections import Counter
@@ -26,10 +27,9 @@ from datasets import CODE, IGNORED, NO_CLASS, Images
 from engine.command import arguments, command
 from engine.config import UserError, one_line
 from engine.files import write_text
-from engine.folders import EXTENSIONS
 from engine.images import paint, read_image, read_label, resize, threads, write_image
 from engine.log import progress
-from layouts import CITYSCAPES, classes, label_values
+from layouts import classes, label_values
 from settings import load_config
 from tools.find_layout import find_splits, some
 from tools.templates import render
@@ -39,8 +39,6 @@ LARGEST = 1052 * 1914  # pixels of a training image at most: GTA5's
 SAMPLED = 200  # at most this many files are read for sizes and label values
 LISTED = 60  # colours that are made classes, the most frequent ones
 NAMED = 20  # values or colours that are printed
-KNOWN_IDS = {"cityscapes": "cityscapes", "acdc": "cityscapes", "dark_zurich": "cityscapes"}
-KNOWN_IDS |= {"synthia": "synthia", "bdd100k": "train_ids", "mapillary": "mapillary"}
 
 
 def main():
@@ -58,8 +56,7 @@ def main():
         return
     cfg = load_config(args.cfg, args.overrides)
     labelled = {"source": True, "target": cfg.selftrain.diagnose or "oracle" in cfg.stages}
-    if cfg.val.root:
-        labelled["val"] = True
+    labelled |= {"val": True} if cfg.val.root else {}
     labelled |= {f"more_val.{name}": True for name in cfg.more_val}
     unknown = [line for x in labelled for line in check(cfg, x, Images(cfg, x, labelled[x]))]
     if unknown:
@@ -86,16 +83,15 @@ def write_config(source, target, path):
             continue
         what = f"{len(x['images'])} images, {len(x['pairs'])} labels, in {x['root']}"
         print(f"{domain}: {what}, layout {x['layout']}, split {x['split']}")
-        x["list"] = path.with_name(f"{name}_{domain}.txt") if x["list"] else None
+        some_lack = domain != "target" and len(x["pairs"]) < len(x["images"])
+        x["list"] = path.with_name(f"{name}_{domain}.txt") if some_lack else None
     sizes = {domain: training_sizes(found[domain]) for domain in ("source", "target")}
     smallest = np.minimum(sizes["source"][0], sizes["target"][0])
-    own, tool, script = (
-        shlex.quote(os.path.relpath(x)) for x in (path, __file__, ROOT / "run_all.sh")
-    )
+    own, here = shlex.quote(str(path)), "" if Path.cwd() == ROOT else f"{ROOT}/"
     values |= {
         "name": name,
-        "check": f"python {tool} --check --cfg {own}",
-        "run": f"bash {script} {own}",
+        "check": f"python {shlex.quote(f'{here}tools/own_data.py')} --check --cfg {own}",
+        "run": f"bash {shlex.quote(f'{here}run_all.sh')} {own}",
         "base": os.path.relpath(ROOT / "config.yaml", path.parent.resolve()),
         "gpu": torch.cuda.is_available(),
         "sizes": sizes,
@@ -115,23 +111,16 @@ def write_config(source, target, path):
 
 
 def choose(sources, targets):
-    """Return the splits to use: source, target, and val, which is None without labels.
-
-    list: whether only those images are to be used that have labels.
-    """
+    """Return the splits to use: source, target, and val, which is None without labels."""
 
     def is_split(x, kind):
         return (x["split"] or "").lower().startswith(kind)
 
     source = max(sources, key=lambda x: (is_split(x, "train"), len(x["pairs"])))
-    rank = [(is_split(x, "train"), not x["split"], -len(x["pairs"])) for x in targets]
-    target = targets[rank.index(max(rank))]
+    target = max(targets, key=lambda x: (is_split(x, "train"), not x["split"], -len(x["pairs"])))
     others = [x for x in targets if x["pairs"] and x is not target]
     val = max(others, key=lambda x: (is_split(x, "val"), len(x["pairs"])), default=None)
-    found = {"source": source, "target": target | {"list": False}, "val": val}
-    for x in filter(None, (source, val)):
-        x["list"] = len(x["pairs"]) < len(x["images"])
-    return found
+    return {"source": source, "target": target, "val": val}
 
 
 def sample(x, names):
@@ -155,15 +144,14 @@ def training_sizes(x):
 
 
 def coding_of(x):
-    """Return how the labels of a split are coded: values, red or colours. Raises UserError."""
-    kinds = {}
+    """Return how most labels of a split are coded: values, red or colours."""
+    modes = []
     for path in sample(x, x["pairs"].values()):
         with Image.open(path) as image:
-            kinds["colours" if image.mode.startswith("RGB") else "values"] = path
-    if len(kinds) > 1:
-        fault = f"is a colour image, but {kinds['values']} is not; labels must be of one kind"
-        raise UserError(f"{kinds['colours']}: {fault}")
-    return "red" if x["layout"] == "synthia" else min(kinds)
+            modes.append(image.mode)
+    if x["layout"] == "synthia":
+        return "red"
+    return "colours" if statistics.mode(modes).startswith("RGB") else "values"
 
 
 def meaning(found):
@@ -175,16 +163,17 @@ def meaning(found):
     if found["val"] and coding_of(found["val"]) != coding:
         print("val: its labels are of another kind than the source's, and are not used")
         found["val"] = None
-    pixels, colours = Counter(), {}  # of each value or code; a palette's colours, or its own
+    pixels, colours = Counter(), {}  # of each value or colour; a palette's colours
     for x in filter(None, (source, found["val"])):
         for path in sample(x, x["pairs"].values()):
-            codes = codes_of(read_label(path, coding))
-            pixels.update(tally(codes))
-            if pixels.keys() - colours.keys():
+            values = read_label(path, coding)
+            of_file = tally(values)
+            pixels.update(of_file)
+            if coding == "values" and of_file.keys() - colours.keys():
                 painted = read_image(path)
-                colours = {x: painted[codes == x][0].tolist() for x in tally(codes)} | colours
+                colours |= {value: painted[values == value][0].tolist() for value in of_file}
     shares = {code: pixels[code] / pixels.total() for code in sorted(pixels)}
-    by_colour, known, note = coding == "colours", None, None
+    by_colour = coding == "colours"
     if len(shares) < 2 or (len(shares) > 255 and not by_colour):
         path, fault = sample(source, source["pairs"].values())[0], f"{len(shares)} values"
         remedy = "a label holds the number of a class in every pixel"
@@ -192,29 +181,22 @@ def meaning(found):
     if by_colour:
         names = {code: f"class_{k}" for k, (code, _) in enumerate(pixels.most_common(LISTED), 1)}
     else:
-        is_class, note = judge_255(shares)
-        names = {x: f"class_{x}" if x != 255 or is_class else None for x in shares}
-        ids = KNOWN_IDS.get(str(source["layout"]))
-        if ids and shares.keys() <= label_values(ids, CITYSCAPES).keys():
-            known = ids
+        names = {value: f"class_{value}" for value in shares}
+        if 255 in shares:
+            names[255] = names[255] if is_class_255(shares) else None
+            taken = "a class" if names[255] else "ignored"
+            print(f"value 255, {shares[255]:.1%} of the pixels, is taken as {taken}; see ids")
         if all(len(set(colour)) == 1 for colour in colours.values()):  # gray, without a palette
-            colours = {x: distinct_colour(k) for k, x in enumerate(names)}
-    entries = [(in_words(x, coding), shares[x], names[x], colours[x]) for x in names]
+            colours = {value: distinct_colour(k) for k, value in enumerate(names)}
+    entries = [(in_words(x, coding), shares[x], names[x], colours.get(x)) for x in names]
     first = ", ".join(f"{key} ({share:.1%})" for key, share, *_ in entries[:NAMED])
     print(f"label {'colours' if by_colour else 'values'}, {len(shares)}: {first}")
-    if note:
-        print(f"  {note}")
-    return {"by_colour": by_colour, "known": known, "note": note, "entries": entries}
+    return {"by_colour": by_colour, "entries": entries}
 
 
-def codes_of(values):
-    """Return the values (H, W) of a label, or its colours (H, W, 3) as numbers."""
-    return values if values.ndim == 2 else values @ CODE
-
-
-def tally(codes):
-    """Return code -> pixels of a label (H, W)."""
-    codes = codes.ravel()
+def tally(values):
+    """Return value -> pixels of a label's values (H, W), or of its colours (H, W, 3) as codes."""
+    codes = (values if values.ndim == 2 else values @ CODE).ravel()
     starts = np.append(0, np.flatnonzero(codes[1:] != codes[:-1]) + 1)  # few: labels are flat
     found, where = np.unique(codes[starts], return_inverse=True)
     pixels = np.bincount(where, np.diff(np.append(starts, codes.size))).astype(int)
@@ -226,19 +208,15 @@ def in_words(code, coding):
     return str([code // place % 256 for place in CODE.tolist()] if coding == "colours" else code)
 
 
-def judge_255(shares):
-    """Return whether the label value 255 is a class, and a line that says so; None without it.
+def is_class_255(shares):
+    """Return whether the label value 255 is a class, by the shares of all values.
 
     It is one in a mask: beside one other value, or with a few percent of the pixels beside values
     that are not the numbers of three or more classes.
     """
-    if 255 not in shares:
-        return True, None
-    others, words = shares.keys() - {255}, f"value 255, {shares[255]:.1%} of the pixels, is taken"
-    numbered = len(others) > 2 and max(others) < 64
-    if len(others) < 2 or (shares[255] > 0.03 and not numbered):
-        return True, f"{words} as a class; if it is none, write null for it in ids"
-    return False, f"{words} as ignored; if it is a class, name it in ids and classes"
+    others = shares.keys() - {255}
+    are_numbers = len(others) > 2 and max(others) < 64
+    return len(others) < 2 or (shares[255] > 0.03 and not are_numbers)
 
 
 def distinct_colour(k):
@@ -256,9 +234,9 @@ def check(cfg, domain, images, shown=12):
     shown: the number of images on it. Returns the label values without a class, in words. Raises
     UserError for a file that cannot be trained on.
     """
-    sizes, pixels, unknown, first = Counter(), np.zeros(256, np.int64), Counter(), {}
-    named = label_values(images.spec.ids, images.classes)
-    known = {np.dot(x, CODE) if isinstance(x, tuple) else x for x in named}
+    sizes, pixels, unknown = Counter(), np.zeros(256, np.int64), {}
+    known = label_values(images.spec.ids, images.classes)
+    known = {np.dot(x, CODE) if isinstance(x, tuple) else x for x in known}
     images.table[images.table == NO_CLASS] = IGNORED  # all are named below, not the first one
     with progress(total=len(images), desc=domain) as bar:
         found = threads.map(lambda i: read(images, i), range(len(images)))
@@ -266,8 +244,8 @@ def check(cfg, domain, images, shown=12):
             sizes[size] += 1
             pixels += counts
             for code in codes.keys() - known:
-                unknown[code] += codes[code]
-                first.setdefault(code, images.label_paths[i])
+                count, first = unknown.get(code, (0, images.label_paths[i]))
+                unknown[code] = count + codes[code], first
             bar.update()
     labels = "" if images.labelled else ", labels not read"
     print(f"{domain}: {len(images)} images in {images.folder}{labels}")
@@ -279,9 +257,9 @@ def check(cfg, domain, images, shown=12):
         shares = zip(names, 100 * counts / pixels.sum(), strict=True)
         print("  classes: " + ", ".join(f"{name} {share:.2f}%" for name, share in shares))
     kind = "colour" if images.coding == "colours" else "value"
-    for code, count in unknown.most_common(NAMED):
-        share = f"{count / pixels.sum():.2%} of the pixels, first in {first[code]}"
-        print(f"  unknown {kind} {in_words(code, images.coding)}: {share}")
+    for code, (count, first) in sorted(unknown.items(), key=lambda x: -x[1][0])[:NAMED]:
+        what = f"unknown {kind} {in_words(code, images.coding)}"
+        print(f"  {what}: {count / pixels.sum():.2%} of the pixels, first in {first}")
     images.check()
     path = Path(cfg.output) / cfg.name / f"contact_sheet_{domain}.png"
     write_image(path, contact_sheet(images, classes(cfg), shown))
@@ -290,21 +268,14 @@ def check(cfg, domain, images, shown=12):
 
 
 def left_out(images):
-    """Return in words which files in the folders of a datasets.Images are not read, and why."""
-    counts = Counter()
-    used = {images.folder / name for name in images.names} | set(images.label_paths)
-    places = {"not in the list or of the layout": images.folder}
-    if images.labelled:
-        labels = os.path.commonpath([path.parent for path in images.label_paths])
-        places["labels without an image"] = Path(labels)
-    for why, folder in places.items():
-        files = {path for path in folder.rglob("*") if path.is_file()} - used
-        used |= files
-        for path in files:
-            is_image = path.suffix.lower() in EXTENSIONS
-            kind = why if is_image else f"named *{path.suffix.lower()}"
-            counts["hidden" if path.name.startswith(".") else kind] += 1
-    return one_line(", ".join(f"{n} {why}" for why, n in counts.most_common())) or "nothing"
+    """Return in words which files beside those of a datasets.Images are not read."""
+    labels = images.label_paths if images.labelled else []
+    used = {images.folder / name for name in images.names} | set(labels)
+    folders = {path.parent for path in used}
+    files = {path for folder in folders for path in folder.iterdir() if path.is_file()} - used
+    kinds = Counter(path.suffix.lower() for path in files)
+    words = [f"{count} *{kind}" for kind, count in kinds.most_common()]
+    return one_line(f"{', '.join(words)}, as {min(files)}") if files else "nothing"
 
 
 def read(images, i):
@@ -327,7 +298,7 @@ def read(images, i):
         return size, {}, np.zeros(256, int)
     values = read_label(images.label_paths[i], images.coding)
     counts = np.bincount(images.to_classes(values, i).ravel(), minlength=256)
-    return size, tally(codes_of(values)), counts
+    return size, tally(values), counts
 
 
 def contact_sheet(images, colours, shown):
