@@ -63,7 +63,7 @@ def run(tmp_path, monkeypatch, capsys):
 
 
 FOLDERS = {  # files -> the patterns of images and labels, or the layout's name; then the split
-    "p images/#.jpg, l labels/#.png, v labels/#_viz.png": "folder",
+    "p images/#.jpg, l labels/#.png, v labels/#_viz.png": "gta5",
     "p images/#.jpg, l labels/#_mask.png, v labels/#_viz.png": "images/* labels/*_mask",
     "p rgb/rgb_#.jpg, l gt/classgt_#.png": "rgb/rgb_* gt/classgt_*",
     "p image/image_#.png, c label/segmentation_#.png": "image/image_* label/segmentation_*",

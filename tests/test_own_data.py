@@ -35,7 +35,7 @@ def test_folders_of_a_game_and_of_cityscapes(dataset, init, run):
     for domain, count in (("source", 6), ("target", 4), ("val", 2)):
         assert f"{domain}: {count} images, {count} labels" in out
     cfg = load_config(dataset / "my.yaml")
-    assert cfg.source.layout == "folder"
+    assert cfg.source.layout == "gta5"
     assert (cfg.target.layout, cfg.target.split) == ("cityscapes", "train")
     assert cfg.val.split == "val"
     assert cfg.source.ids == {0: "class_0", 7: "class_7", 23: "class_23", 26: "class_26"}

@@ -109,23 +109,18 @@ def bare_networks(run, images):
     run.state["optimizer"].zero_grad()
 
 
-def train(run):
-    """Run the loop of a Timed, without what its stage needs to have been done before."""
+def time_steps(tree, stage, steps):
+    """Return a stage's row of the table. tree: the configuration, as plain dicts."""
+    run = Timed(checked(tree, [], "bench"), stage, steps)
     run.is_finished(True)
     source, target = Images(run.cfg, "source", True), Images(run.cfg, "target", False)
-    if run.stage == "warmup":
+    if stage == "warmup":
         warmup.train(run, None, source)
     else:
         first = Run(run.cfg, "warmup", "warmup")
         model = build_segmenter(num_classes=len(classes(run.cfg)), **run.cfg.model)
         first.save(first.result, 0, {"student": first.place(model)})
         selftrain.train(run, first.result, run.folder / "pseudo_labels", source, target)
-    return run
-
-
-def time_steps(tree, stage, steps):
-    """Return a stage's row of the table. tree: the configuration, as plain dicts."""
-    run = train(Timed(checked(tree, [], "bench"), stage, steps))
     return ratio(*run.times) | {"first": run.times[0][0], "GiB": memory_gb(run.device)}
 
 
@@ -189,10 +184,8 @@ def make_files(cfg, folder, count=4):
     Source images are PNGs with filters at level 6, labels paletted, as in GTA5.
     """
     overrides = [f"output={folder}", f"translation.images={folder}/source/translated"]
-    full = cfg.target.sizes[-1]
-    sizes = {"source": cfg.source.sizes[-1], "target": full, "val": cfg.val.size or full}
-    for domain, size in sizes.items():
-        root = Path(folder) / domain
+    for domain in ("source", "target"):
+        root, size = Path(folder) / domain, cfg[domain].sizes[-1]
         (root / "images").mkdir(parents=True)
         (root / "labels").mkdir()
         for i in range(count):
@@ -205,7 +198,7 @@ def make_files(cfg, folder, count=4):
             write_image(root / f"pseudo/{i}.png", label)
         keys = f"root={root}", "layout=folder", "split=null", "ids=index", "list=null"
         overrides += [f"{domain}.{key}" for key in keys]
-    run = "name=bench bn_images=1 val_every=0 workers=0 model.weights=null"
+    run = "name=bench bn_images=1 workers=0 model.weights=null"
     return [*overrides, *run.split(), "selftrain.diagnose=false", "selftrain.rounds=1"]
 
 

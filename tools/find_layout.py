@@ -4,7 +4,7 @@ import functools
 import itertools
 import re
 from collections import defaultdict
-from posixpath import dirname, normpath, splitext
+from posixpath import commonpath, dirname, normpath, splitext
 
 import numpy as np
 from PIL import Image
@@ -17,8 +17,6 @@ from layouts import LAYOUTS, match
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 # a word that begins a name, as in rgb_0001 or rgb0001, and one that ends it, as in 0001_rgb
 FIRST, LAST = r"[^\W\d_]+(?:[\W_]+(?=.)|(?=\d))", r"(?<=.)[\W_]+[^\W\d_][^\W_]*"
-# of layouts.LAYOUTS; the last one counts where two are the same
-NAMED = ("cityscapes", "acdc", "dark_zurich", "bdd100k", "mapillary", "synthia", "folder")
 # names of what is neither a photo nor a label of classes
 OTHER = re.compile("viz|overlay|blend|depth|normal|flow|inst", re.IGNORECASE)
 
@@ -37,33 +35,31 @@ def find_splits(root, labelled=False):
         raise UserError(f"{root}: no images were found; see docs/own_data.md for the layouts")
     groups = groups_of(files)
     photos = [names for names in groups if not are_labels(root, groups[names].values())]
-    known = {pair: name for name in NAMED for pair in LAYOUTS[name]}
-    pairs = dict.fromkeys(guesses(groups, photos)) | known
-    found = [splits_in(root, files, pair, name) for pair, name in pairs.items()]
-    best = max(filter(is_labelled, found), key=rank, default=None)
-    if best:
-        return best
+    found = [splits_in(root, files, pair) for pair in dict.fromkeys(guesses(groups, photos))]
+    found = [splits for splits in found if is_labelled(splits)]
+    if found:
+        return max(found, key=rank)
     if labelled:
         kinds = (f"{len(names)} files as {min(names.values())}" for names in groups.values())
         fault = f"holds {one_line(', '.join(kinds))}, and no labels of those names, as PNG"
         remedy = 'write their patterns by hand: layout: {images: "rgb/*_rgb", labels: "seg/*_seg"}'
         raise UserError(f"{root}: {fault}; {remedy}")
-    best = max(found, key=lambda splits: sum(len(x["images"]) for x in splits))
-    if best and not any(are_labels(root, x["images"]) for x in best):
-        return best
     if len(photos) < len(groups):
         fault = "holds pictures of few colours, as labels are"
         raise UserError(f"{root}: {fault}; give the folder of the photos alone")
-    list_images(root)  # raises UserError where names differ in their extension only
-    return splits_in(root, files, ("{split}/*", "{split}/*"), "flat")
+    root = root / commonpath(map(dirname, files))
+    files = list_images(root)  # raises UserError where names differ in their extension only
+    return splits_in(root, files, LAYOUTS["flat"][0])
 
 
-def splits_in(root, files, pair, layout):
-    """Return the splits that have images that fit a pair of patterns; layout: its name or None.
+def splits_in(root, files, pair):
+    """Return the splits that have images that fit a pair of patterns.
 
     Files that differ in their extension only, which the core refuses, are in none.
     """
-    found, names = [], [None]
+    name_of = {pairs[0]: name for name, pairs in LAYOUTS.items()}
+    layout = name_of.get(pair) or {"images": pair[0], "labels": pair[1]}
+    found, names = [], [None] if pair[0].find("{split}") < pair[0].find("*") else []
     if "{split}" in pair[0]:
         parts = {part for name in files for part in dirname(name).split("/")}
         names += sorted(part for part in parts if part.lower() in SPLITS) or ["*"]
@@ -76,9 +72,8 @@ def splits_in(root, files, pair, layout):
             continue
         label_of = {texts: name for name, texts in labels.items()}
         pairs = {x: label_of[y] for x, y in images.items() if label_of.get(y, x) != x}
-        one = {"layout": layout or dict(zip(("images", "labels"), pair, strict=True))}
-        one |= {"root": root, "split": split, "images": list(images), "pairs": pairs}
-        found += [one] if images else []
+        one = {"layout": layout, "root": root, "split": split}
+        found += [one | {"images": list(images), "pairs": pairs}] if images else []
     return found
 
 
@@ -121,14 +116,12 @@ def is_labelled(splits):
 def rank(splits):
     """Return the key that orders pairs of patterns, the best at the end."""
     x = max(splits, key=lambda x: len(x["pairs"]))
-    pairs = sum(len(x["pairs"]) for x in splits)
-    if isinstance(x["layout"], str):
-        return pairs, True
+    names = next(iter(x["pairs"].items()))
+    is_other = any(map(OTHER.search, names))
     looks = [look(x["root"] / label) for label in some(x["pairs"].values(), 6)]
     _, colours, channels = np.median(looks, axis=0)  # few: of classes; one channel: values
-    names = "".join(pattern.rpartition("/")[2] for pattern in x["layout"].values())
-    is_other = OTHER.search(str(x["layout"])) is not None
-    return pairs, False, not is_other, -colours, -channels, -len(names)
+    length = sum(len(name.rpartition("/")[2]) for name in names)
+    return sum(len(x["pairs"]) for x in splits), not is_other, -colours, -channels, -length
 
 
 # ---------------------------------------------------------------- patterns from names
