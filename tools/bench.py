@@ -78,12 +78,14 @@ class Timed(Run):
 
     def __init__(self, cfg, stage, repeats):
         super().__init__(cfg, stage, stage)
-        self.repeats, self.times = repeats, ([], [])
+        self.repeats, self.times, self.shows = repeats, ([], []), False
 
     def steps(self, batches, total):
         batch = self.fetch(next(iter(batches)))
         views = STAGES[self.stage] * batches.batch_size
         images = torch.rand(views, 3, *self.cfg.crop, device=self.device)
+        for name in ("student", "teacher") if self.cfg.compile else ():
+            self.state[name].compile()
         for step in range(self.repeats + SETTLE):
             started = now(self.device)
             yield min(step, total - 1), [batch] * self.cfg.accumulate

@@ -33,9 +33,7 @@ def main():
     cfg = load_saved(load_tensors(args.weights)["config"], args.overrides, args.weights)
     written = export(network, cfg.val.size or cfg.crop)
     write_atomically(args.out, lambda temporary: temporary.write_bytes(written))
-    print(
-        f"{args.out}: image (1, 3, H, W), RGB in [0, 1] -> logits (1, {len(network.classes)}, H, W)"
-    )
+    print(f"{args.out}: written, for images of any size, {len(network.classes)} classes")
 
 
 def export(network, size):

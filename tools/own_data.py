@@ -10,7 +10,6 @@ import colorsys
 import os
 import re
 import shlex
-import statistics
 import sys
 import warnings
 from collections import Counter
@@ -31,7 +30,7 @@ from engine.images import paint, read_image, read_label, resize, threads, write_
 from engine.log import progress
 from layouts import classes, label_values
 from settings import load_config
-from tools.find_layout import find_splits, some
+from tools.find_layout import find_splits, look, some
 from tools.templates import render
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,9 +63,6 @@ def main():
         raise UserError(f"{args.cfg}: {fault}; add these values to ids (null: ignored)")
 
 
-# ---------------------------------------------------------------- --init
-
-
 def write_config(source, target, path):
     """Write a commented configuration for two image folders, of which the first has labels.
 
@@ -76,11 +72,11 @@ def write_config(source, target, path):
         raise UserError(f"{path}: exists already; remove it, or choose another name with --out")
     found = choose(find_splits(source, labelled=True), find_splits(target))
     values = meaning(found)
+    used = {domain: x for domain, x in found.items() if x}
     name = re.sub(r"[^\w.-]+", "_", path.stem).strip("._-") or "my"
-    for domain, x in found.items():
-        if not x:
-            print(f"{domain}: nothing with labels")
-            continue
+    if not found["val"]:
+        print("val: nothing with labels")
+    for domain, x in used.items():
         what = f"{len(x['images'])} images, {len(x['pairs'])} labels, in {x['root']}"
         print(f"{domain}: {what}, layout {x['layout']}, split {x['split']}")
         some_lack = domain != "target" and len(x["pairs"]) < len(x["images"])
@@ -104,7 +100,7 @@ def write_config(source, target, path):
     except UserError:
         path.unlink()
         raise
-    for x in filter(None, found.values()):
+    for x in used.values():
         if x["list"]:
             write_text(x["list"], "".join(f"{image}\n" for image in x["pairs"]))
     print(f"{path}: written, name: {name}; read it through, then {values['check']}")
@@ -145,13 +141,10 @@ def training_sizes(x):
 
 def coding_of(x):
     """Return how most labels of a split are coded: values, red or colours."""
-    modes = []
-    for path in sample(x, x["pairs"].values()):
-        with Image.open(path) as image:
-            modes.append(image.mode)
+    channels = np.median([look(path)[2] for path in sample(x, x["pairs"].values())])
     if x["layout"] == "synthia":
         return "red"
-    return "colours" if statistics.mode(modes).startswith("RGB") else "values"
+    return "colours" if channels > 2 else "values"
 
 
 def meaning(found):
@@ -225,9 +218,6 @@ def distinct_colour(k):
     return [round(255 * channel) for channel in colour]
 
 
-# ---------------------------------------------------------------- --check
-
-
 def check(cfg, domain, images, shown=12):
     """Read all files of a datasets.Images, print sizes and class shares, draw a contact sheet.
 
@@ -247,8 +237,8 @@ def check(cfg, domain, images, shown=12):
                 count, first = unknown.get(code, (0, images.label_paths[i]))
                 unknown[code] = count + codes[code], first
             bar.update()
-    labels = "" if images.labelled else ", labels not read"
-    print(f"{domain}: {len(images)} images in {images.folder}{labels}")
+    words = "" if images.labelled else ", labels not read"
+    print(f"{domain}: {len(images)} images in {images.folder}{words}")
     print(f"  left out: {left_out(images)}")
     print("  sizes: " + ", ".join(f"{n} of {w}x{h}" for (h, w), n in sizes.most_common(5)))
     if images.labelled:
@@ -258,8 +248,8 @@ def check(cfg, domain, images, shown=12):
         print("  classes: " + ", ".join(f"{name} {share:.2f}%" for name, share in shares))
     kind = "colour" if images.coding == "colours" else "value"
     for code, (count, first) in sorted(unknown.items(), key=lambda x: -x[1][0])[:NAMED]:
-        what = f"unknown {kind} {in_words(code, images.coding)}"
-        print(f"  {what}: {count / pixels.sum():.2%} of the pixels, first in {first}")
+        share = f"{count / pixels.sum():.2%} of the pixels, first in {first}"
+        print(f"  unknown {kind} {in_words(code, images.coding)}: {share}")
     images.check()
     path = Path(cfg.output) / cfg.name / f"contact_sheet_{domain}.png"
     write_image(path, contact_sheet(images, classes(cfg), shown))
@@ -327,7 +317,7 @@ def legend(colours, width, cell=150):
     font = (cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
     for k, (name, colour) in enumerate(entries):
         x, y = k % across * cell + 4, k // across * 24 + 4
-        cv2.rectangle(picture, (x, y), (x + 16, y + 16), colour, cv2.FILLED)
+        picture[y : y + 16, x : x + 16] = colour
         cv2.putText(picture, name, (x + 22, y + 13), *font)
     return picture
 
