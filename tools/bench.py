@@ -38,6 +38,7 @@ from engine.loop import Run
 from layouts import classes
 from models import build_segmenter
 from settings import checked, load_config
+from tools.make_demo_data import render
 
 # stage -> views of each image, which pass through both networks
 STAGES = {"warmup": 2, "selftrain": 3}
@@ -183,15 +184,19 @@ def ratio(ours, bare):
 def make_files(cfg, folder, count=4):
     """Write `count` images and labels of each domain; return overrides that use them.
 
-    Source images are PNGs with filters at level 6, labels paletted, as in GTA5.
+    They are the demo's, enlarged, with noise: PNGs as large as those of photographs. Labels are
+    paletted, as in GTA5.
     """
+    rng = np.random.default_rng(0)
     overrides = [f"output={folder}", f"translation.images={folder}/source/translated"]
     for domain in ("source", "target"):
         root, size = Path(folder) / domain, cfg[domain].sizes[-1]
         (root / "images").mkdir(parents=True)
         (root / "labels").mkdir()
         for i in range(count):
-            image, label = scene(np.random.default_rng(i), size, len(classes(cfg)))
+            image, label = (cv2.resize(x, size[::-1]) for x in render(0, "game", i))
+            image = (image + rng.normal(0, 1.5, image.shape)).clip(0, 255).astype(np.uint8)
+            label %= len(classes(cfg))
             Image.fromarray(image).save(root / f"images/{i}.png")
             paletted = Image.frombytes("P", size[::-1], label.tobytes())
             paletted.putpalette([*range(256)] * 3)
@@ -202,24 +207,6 @@ def make_files(cfg, folder, count=4):
         overrides += [f"{domain}.{key}" for key in keys]
     run = "name=bench bn_images=1 workers=0 model.weights=null"
     return [*overrides, *run.split(), "selftrain.diagnose=false", "selftrain.rounds=1"]
-
-
-def scene(rng, size, count):
-    """Return an image of discs that hide each other and its label of `count` classes, uint8.
-
-    Disc sizes follow r^-3 ("dead leaves"): it takes as long to decode as a photograph.
-    """
-    image, label = np.full((*size, 3), 128, np.uint8), np.zeros(size, np.uint8)
-    colours = rng.integers(40, 216, (count, 1))
-    for _ in range(size[0] * size[1] // 100):
-        k, at = int(rng.integers(count)), rng.integers(0, size[::-1]).tolist()
-        radius = 1.5 / max(rng.random(), (6 / size[0]) ** 2) ** 0.5
-        shade = colours[k] + rng.normal(0, 25) + rng.normal(0, 8, 3)
-        cv2.circle(image, at, max(round(radius), 1), shade.clip(0, 255).tolist(), cv2.FILLED)
-        if radius > size[0] / 60:
-            cv2.circle(label, at, round(radius), k, cv2.FILLED)
-    image = cv2.GaussianBlur(image, (0, 0), 0.8) + rng.normal(0, 0.8, image.shape)
-    return image.clip(0, 255).astype(np.uint8), label
 
 
 if __name__ == "__main__":
