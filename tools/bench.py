@@ -11,7 +11,6 @@ nothing else is said, and writes the same to a JSON file.
 import contextlib
 import functools
 import json
-import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -29,7 +28,7 @@ import selftrain
 import warmup
 from datasets import Crops, Images
 from engine.command import arguments, command
-from engine.config import UserError, plain
+from engine.config import UserError
 from engine.device import environment, memory_gb
 from engine.files import write_text
 from engine.folders import Aligned
@@ -37,7 +36,7 @@ from engine.images import read_image, read_label, write_image
 from engine.loop import Run
 from layouts import classes
 from models import build_segmenter
-from settings import checked, load_config
+from settings import load_config
 from tools.make_demo_data import render
 
 # stage -> views of each image, which pass through both networks
@@ -112,25 +111,22 @@ def bare_networks(run, images):
     run.state["optimizer"].zero_grad()
 
 
-def time_steps(tree, stage, steps):
-    """Return a stage's row of the table. tree: the configuration, as plain dicts."""
-    run = Timed(checked(tree, [], "bench"), stage, steps)
+def measure_step(stage, cfg, steps):
+    """Time a stage's steps.
+
+    first: the first step, which compiles and chooses kernels. GiB: the peak of the process so far.
+    """
+    run = Timed(cfg, stage, steps)
     run.is_finished(True)
-    source, target = Images(run.cfg, "source", True), Images(run.cfg, "target", False)
+    source, target = Images(cfg, "source", True), Images(cfg, "target", False)
     if stage == "warmup":
         warmup.train(run, None, source)
     else:
-        first = Run(run.cfg, "warmup", "warmup")
-        model = build_segmenter(num_classes=len(classes(run.cfg)), **run.cfg.model)
+        first = Run(cfg, "warmup", "warmup")
+        model = build_segmenter(num_classes=len(classes(cfg)), **cfg.model)
         first.save(first.result, 0, {"student": first.place(model)})
         selftrain.train(run, first.result, run.folder / "pseudo_labels", source, target)
     return ratio(*run.times) | {"first": run.times[0][0], "GiB": memory_gb(run.device)}
-
-
-def measure_step(stage, cfg, steps):
-    """Time a stage's steps. first: the first one, which compiles and chooses kernels. GiB: peak."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:  # no other part's peak
-        return pool.apply(time_steps, (plain(cfg), stage, steps))
 
 
 def measure_loader(cfg, steps):

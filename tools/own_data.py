@@ -218,11 +218,11 @@ def distinct_colour(k):
     return [round(255 * channel) for channel in colour]
 
 
-def check(cfg, domain, images, shown=12):
+def check(cfg, domain, images):
     """Read all files of a datasets.Images, print sizes and class shares, draw a contact sheet.
 
-    shown: the number of images on it. Returns the label values without a class, in words. Raises
-    UserError for a file that cannot be trained on.
+    Returns the label values without a class, in words. Raises UserError for a file that cannot be
+    trained on.
     """
     sizes, pixels, unknown = Counter(), np.zeros(256, np.int64), {}
     known = label_values(images.spec.ids, images.classes)
@@ -252,7 +252,7 @@ def check(cfg, domain, images, shown=12):
         print(f"  unknown {kind} {in_words(code, images.coding)}: {share}")
     images.check()
     path = Path(cfg.output) / cfg.name / f"contact_sheet_{domain}.png"
-    write_image(path, contact_sheet(images, classes(cfg), shown))
+    write_image(path, contact_sheet(images, classes(cfg)))
     print(f"  contact sheet: {path}")
     return [f"{domain}: {code}" for code in unknown if kind == "value"]
 
@@ -291,10 +291,10 @@ def read(images, i):
     return size, tally(values), counts
 
 
-def contact_sheet(images, colours, shown):
+def contact_sheet(images, colours):
     """Return a picture (H, W, 3) uint8 of images, three a row, each beside its painted label."""
     tiles = []
-    for i in np.unique(np.linspace(0, len(images) - 1, shown, dtype=int)).tolist():
+    for i in some(range(len(images)), 12):
         pair = [images.image(i)]
         if images.labelled:
             painted = paint(images.label(i), colours)
