@@ -40,7 +40,6 @@ def test_folders_of_a_game_and_of_cityscapes(dataset, init, run):
     assert cfg.val.split == "val"
     assert cfg.source.ids == {0: "class_0", 7: "class_7", 23: "class_23", 26: "class_26"}
     assert cfg.source.sizes == [[38, 51], [48, 64]]
-    assert cfg.crop == [16, 32]
     labels = np.stack([picture(i)[1] for i in (*range(6), 104, 105)])
     for value in (0, 7, 23, 26):
         share = f"{100 * (labels == value).mean():.2f}% of the pixels"
@@ -122,8 +121,7 @@ def test_the_check_counts_what_is_there(dataset, run):
         "target: 4 images in camera/leftImg8bit/train, labels not read",
         "val: 2 images in camera/leftImg8bit/val",
     ]
-    assert out.count("sizes: ") == 3
-    assert "6 of 64x48" in out
+    assert "sizes: 6 of 64x48" in out
     labels = np.stack([picture(i)[1] for i in range(6)])
     for name, value in (("road", 7), ("car", 26), ("sky", 23), ("ignored", 0)):
         assert f"{name} {100 * (labels == value).mean():.2f}%" in out
