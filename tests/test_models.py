@@ -112,9 +112,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
 
     state = torchvision.models.resnet18().state_dict()
     first = state.pop("layer1.0.conv1.weight")
-    with pytest.raises(
-        UserError, match=r"does not fit.*Missing key.*layer1\.0\.conv1"
-    ):
+    with pytest.raises(UserError, match=r"does not fit.*Missing key.*layer1\.0\.conv1"):
         load(state)
     with pytest.raises(UserError, match=r"Unexpected key.*layer1\.2"):
         load(torchvision.models.resnet34().state_dict())

@@ -26,6 +26,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to be run by its path too
+
 import selftrain
 import translate_cyclegan
 import warmup
