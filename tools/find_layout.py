@@ -16,7 +16,7 @@ from layouts import LAYOUTS, match
 
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 # a word that begins a name, as in rgb_0001 or rgb0001, and one that ends it, as in 0001_rgb
-FIRST, LAST = r"[^\W\d_]+(?:[\W_]+(?=.)|(?=\d))", r"(?<=.)[\W_]+[^\W\d_][^\W_]*"
+FIRST, LAST = r"[^\W\d_]+(?:[\W_]+(?=.)|(?=\d))", r"(?<=.)[\W_]+[^\W\d_](?:[^\W_]*[^\W\d_])?"
 # names of what is neither a photo nor a label of classes
 OTHER = re.compile("viz|overlay|blend|depth|normal|flow|inst", re.IGNORECASE)
 
@@ -128,14 +128,20 @@ def rank(splits):
 
 
 def groups_of(files):
-    """Return the 40 largest groups: (folder, extension, first word, last word) -> stem -> name."""
-    groups = defaultdict(dict)
+    """Return 40 groups: (folder, extension, first word, last word) -> stem -> name.
+
+    They are the largest one of each folder, then the second one of each, and so on.
+    """
+    groups, of_folder = defaultdict(dict), defaultdict(list)
     for name in files:
         folder, (path, extension) = dirname(name), splitext(name)
         stem = path[len(folder) :].lstrip("/")
         first, last = ends_of(stem)
         groups[folder, extension, first[1], last[1]][stem] = name
-    return dict(sorted(groups.items(), key=lambda group: -len(group[1]))[:40])
+    for key in sorted(groups, key=lambda key: -len(groups[key])):
+        of_folder[key[:2]].append(key)
+    in_turns = itertools.chain(*itertools.zip_longest(*of_folder.values()))
+    return {key: groups[key] for key in list(filter(None, in_turns))[:40]}
 
 
 def ends_of(stem):
