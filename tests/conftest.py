@@ -1,7 +1,7 @@
 """Small datasets in the real layouts, their configuration, one finished run; commands to run.
 
 START=spawn (or forkserver) bash run_tests.sh -m core: with DataLoader workers that start so.
-LONG=1 bash run_tests.sh: all random trials, and every shipped configuration at its own sizes.
+LONG=1 bash run_tests.sh: more random trials, and the shapes of every shipped configuration.
 """
 
 import contextlib

@@ -1,6 +1,5 @@
 """Files that cannot be used end a command with one line, exit code 2 and nothing finished lost."""
 
-import json
 import pickle
 import shutil
 import zlib
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import IDS, changed, files, killed_after, ok, picture, refused, save
+from conftest import IDS, changed, ok, picture, refused, save
 
 PLAIN = ("warmup.crdomix=false", "warmup.distill=0", "warmup.steps=2", "bn_recalibrate=[source]")
 
@@ -75,12 +74,7 @@ DAMAGES = {
         lambda: save(IMAGE.with_suffix(".bmp"), picture(3)[0]), ["00003", "rename one of them"]
     ),
     "a label cut short": (lambda: cut(LABEL), [LABEL, "restore the file"]),
-    "a label of text": (lambda: LABEL.write_text("no picture"), [LABEL, "not an image"]),
     "a missing label": (LABEL.unlink, ["00003.png: has no label; add it"]),
-    "a label of another size": (
-        lambda: save(LABEL, picture(3)[1][:-1]),
-        ["1 labels differ from their images in size", "00003.png ((64, 48), (64, 47))"],
-    ),
     "an unknown value": (value_77, ["77"]),
     "a label in colours": (lambda: save(LABEL, picture(3)[0]), [LABEL, "see `ids: colours`"]),
     "a label in a JPEG": (as_jpeg, ["00003.jpg: is a JPEG", "PNG"]),
@@ -114,25 +108,6 @@ def test_a_missing_dataset_and_sizes_that_cannot_be(dataset, run, override):
     more = ("bn_recalibrate=[source,target]", "crop=[32,32]")
     refused(run("warmup", *PLAIN, *more, override), MISSING[override])
     assert not list((dataset / "runs").rglob("*.pth"))
-
-
-def many():
-    """Make the game's 6 images 520; return the numbers of those that are not checked first."""
-    for i in range(6, 520):
-        for part in ("images", "labels"):
-            Path(f"game/{part}/{i:05d}.png").symlink_to(f"{i % 6:05d}.png")
-    return set(range(6, 520)) - set(np.unique(np.linspace(0, 519, 256, dtype=int)).tolist())
-
-
-def test_what_the_check_before_training_leaves_out_is_found_in_training(process, check):
-    """By a process of the loader; and by the check of all files."""
-    for i in many():
-        path = Path(f"game/labels/{i:05d}.png")
-        path.unlink()
-        save(path, np.full((48, 64), 200, np.uint8))
-    options = ("warmup.crdomix=false", "warmup.steps=60", "workers=2")
-    refused(process("warmup", *options).end(), "the label value 200 has no class")
-    refused(check(), "200")
 
 
 def test_what_is_odd_is_a_warning_with_the_figure(run, check):
@@ -198,13 +173,6 @@ def test_a_checkpoint_with_code_in_it_is_refused(dataset, run):
     assert trace.exists()  # so it would have
 
 
-def test_weights_that_are_not_finite_are_refused(finished, run):
-    nan = lambda saved: saved["student"]["classifier.weight"].fill_(float("nan"))  # noqa: E731
-    changed(finished / "warmup.pth", nan)
-    for command in (("evaluate",), ("selftrain", "--force")):
-        refused(run(*command), "warmup.pth: is not finite in classifier.weight")
-
-
 UNFIT = [
     lambda saved: saved.pop("optimizer"),
     lambda saved: saved["student"].popitem(),
@@ -249,11 +217,6 @@ def test_half_written_logs_and_results(finished, run):
 # ---------------------------------------------------------------- names and paths
 
 
-@pytest.mark.parametrize("name", ["../out", "..", "/tmp/out", "a/b", "a\\b", "a b", ""])
-def test_a_name_does_not_lead_out_of_the_folder_of_runs(run, name):
-    refused(run("warmup", f"name={name!r}"))
-
-
 def test_paths_as_people_give_them(dataset, run, monkeypatch):
     monkeypatch.setenv("HOME", str(dataset))
     text = Path("test.yaml").read_text().replace("root: game", "root: ~/game")
@@ -266,13 +229,8 @@ def test_paths_as_people_give_them(dataset, run, monkeypatch):
 
 
 def test_nothing_finished_is_lost_by_a_command_that_fails(finished, run):
-    before = {name: data for name, data in files(finished).items() if name.endswith(".pth")}
-    LABEL.rename("label.png")
-    refused(run("warmup", "--force"), "00003")
+    before = {path: path.read_bytes() for path in finished.glob("*.*")}
     refused(run("selftrain", "--force", "--init", "none.pth"), "none.pth")
-    Path("label.png").rename(LABEL)
-    with killed_after(5):
-        run("warmup", "--force", "seed=5")
-    after = files(finished)
-    assert all(after[name] == data for name, data in before.items())
-    assert json.loads((finished / "results.json").read_text())
+    LABEL.unlink()
+    refused(run("warmup", "--force"), "00003")
+    assert all(path.read_bytes() == data for path, data in before.items())

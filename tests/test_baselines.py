@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SOURCE_ONLY, killed_after, log, main, ok, same_networks, save
+from conftest import ROOT, SOURCE_ONLY, log, main, ok, save
 from torch import nn
 
 import settings
@@ -74,14 +74,6 @@ def test_a_method_trains_for_as_many_steps_as_all_of_diga_and_is_scored(dataset,
     assert lines[-1]["finished"] == 6 + 2 * 4
     assert ("confident" in lines[-1]) == (method in baselines.ADAPTING)
     assert "| " + method in ok(run("evaluate", "--weights", f"{method}.pth", name))
-
-
-def test_a_method_resumes_exactly(dataset, run):
-    ok(run("tools.baselines", "--method", "mic", "name=whole"))
-    with killed_after(9):
-        run("tools.baselines", "--method", "mic", "name=killed")
-    ok(run("tools.baselines", "--method", "mic", "name=killed"))
-    assert same_networks(dataset / "runs/whole/mic.pth", dataset / "runs/killed/mic.pth")
 
 
 # ---------------------------------------------------------------- a floor for accuracy

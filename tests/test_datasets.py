@@ -248,17 +248,6 @@ def test_the_number_of_loader_processes_changes_nothing(config, workers):
                 assert np.array_equal(batch[key][slot], value)
 
 
-def test_loader_processes_follow_from_the_cores(config, monkeypatch):
-    def workers(asked):
-        cfg = config(f"workers={asked}")
-        return datasets.loader(Run(cfg, "test", "warmup"), crops(cfg), 0, 2).num_workers
-
-    monkeypatch.setattr("os.cpu_count", lambda: 64)
-    assert [workers(asked) for asked in (0, 3, "auto")] == [0, 3, 8]
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
-    assert workers("auto") == 4
-
-
 def test_every_image_once_an_epoch(config):
     order = crops(config(), steps=9)
     seen = [order._index(n) for n in range(18)]

@@ -101,15 +101,6 @@ def test_a_run_with_labels(made):
     assert len(re.findall('<img src="data:image/webp;base64,[^"]*" alt="[^"]', page.text)) == 4 * 6
 
 
-def test_a_run_without_labels(made):
-    folder = made("two", {"warmup": None, "<script>": None, "selftrain": None}, "val.root=null")
-    main("tools.report", folder)
-    page = Page(folder / "report.html")
-    assert "scores" not in page.tables
-    assert "Without labels, self-training is the one to use. Shared" in page.text
-    assert "&lt;script&gt; 71.0" in page.text
-
-
 def test_several_runs_and_their_tables(made, capsys):
     runs = [
         made("one", SCORES),

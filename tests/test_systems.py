@@ -2,10 +2,8 @@
 
 import multiprocessing
 import os
-import statistics
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import ROOT, ok, same_networks, state
@@ -61,17 +59,6 @@ def test_without_what_unix_alone_has_every_command_says_its_help(elsewhere):
     done = python(elsewhere, "-c", HELP, *COMMANDS)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("usage:") == len(COMMANDS)
-
-
-def test_the_help_of_a_stage_takes_little_more_than_to_import_torch():
-    def seconds(*line):
-        begun = time.perf_counter()
-        assert python(os.environ, *line).returncode == 0
-        return time.perf_counter() - begun
-
-    lines = ("-c", "import torch"), ("warmup.py", "--help")
-    bare, ours = zip(*([seconds(*line) for line in lines] for _ in range(3)), strict=True)
-    assert statistics.median(ours) <= 1.5 * statistics.median(bare)
 
 
 # ---------------------------------------------------------------- start methods

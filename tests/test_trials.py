@@ -1,12 +1,10 @@
-"""Random configurations, files and disturbances, by seeded generators.
+"""Damaged checkpoints and random configurations, by seeded generators; LONG=1: many more.
 
-Each ends with exit code 0 or 2, one line where it fails, and nothing finished is lost. In CI there
-are two trials of each kind and 30 generated configurations; LONG=1 makes a thousand and more.
+Each ends with exit code 0 or 2, and with one line where it fails.
 """
 
 import random
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,11 +15,6 @@ from hypothesis import strategies as st
 
 from engine.config import Config, UserError
 from settings import load_config
-
-FAST = ("selftrain.crdomix=false", "warmup.crdomix=false", "selftrain.rounds=1", "log_every=1")
-FAST += ("save_every=1", "warmup.steps=3", "selftrain.steps=2", "bn_images=2")
-VALUES = [None, 3, -1, "x", "", [], {}, [1, [2]], {"a": {}}, 1e300, True, "\n", torch.zeros(2)]
-
 
 # ---------------------------------------------------------------- damages
 
@@ -60,22 +53,6 @@ def damage_checkpoint(path, rng):
     torch.save(saved, path)
 
 
-def trial_configuration(run, folder, rng):
-    path = Path("test.yaml")
-    tree = yaml.safe_load(path.read_text())
-    kind = rng.choice(["bytes", "value", "value", "value", "unknown"])
-    if kind == "bytes":
-        damage_bytes(path, rng)
-    else:
-        node, key = tree, rng.choice(list(tree))
-        while isinstance(node[key], dict) and rng.random() < 0.8:
-            node, key = node[key], rng.choice(list(node[key]))
-        name = f"{key}x" if kind == "unknown" else key
-        node[name] = rng.choice(VALUES[:-1])
-        path.write_text(yaml.safe_dump(tree))
-    return run("warmup", *FAST, "--force", "warmup.steps=1")
-
-
 def trial_checkpoint(run, folder, rng):
     path = folder / rng.choice(["warmup.pth", "selftrain.pth"])
     damage_checkpoint(path, rng)
@@ -92,23 +69,9 @@ def trial_unfinished(run, folder, rng, template):
     return run("warmup", "warmup.crdomix=false")
 
 
-def trial_image(run, folder, rng):
-    place = Path(rng.choice(["game/images", "game/labels", "camera/leftImg8bit"]))
-    path = rng.choice(sorted(p for p in place.rglob("*") if p.is_file()))
-    if rng.random() < 0.3:
-        path.unlink()
-    else:
-        damage_bytes(path, rng)
-    return run("warmup", *FAST, "--force", "warmup.steps=1")
-
-
-TRIALS = [trial_configuration, trial_checkpoint, trial_unfinished, trial_image]
-
-
 @pytest.mark.parametrize("seed", range(150 if LONG else 2))
-@pytest.mark.parametrize("trial", TRIALS, ids=lambda trial: trial.__name__)
+@pytest.mark.parametrize("trial", [trial_checkpoint, trial_unfinished])
 def test_trial(finished, run, template, trial, seed):
-    before = {path: path.read_bytes() for path in finished.glob("*.pth")}
     more = (template,) if trial is trial_unfinished else ()
     code, out, err = trial(run, finished, random.Random(seed), *more)
     assert code in (0, 2), err
@@ -116,9 +79,6 @@ def test_trial(finished, run, template, trial, seed):
     if code == 2:
         assert len(err.splitlines()) == 1, err
         assert err.count(": ") >= 1
-    if trial not in (trial_checkpoint, trial_unfinished):
-        for path, data in before.items():
-            assert path.read_bytes() == data or state(path)
 
 
 # ---------------------------------------------------------------- generated configurations
@@ -196,16 +156,3 @@ def test_any_bytes_as_a_configuration_are_valid_or_one_line(tmp_path_factory, da
     with pytest.raises(UserError) as caught:
         load_config(file)
     assert "\n" not in str(caught.value)
-
-
-PAIRS = st.tuples(st.sampled_from(PATHS), st.text(max_size=12))
-OVERRIDES = PAIRS.map(lambda pair: f"{'.'.join(pair[0])}={pair[1]}")
-
-
-@GENERATED
-@given(text=st.one_of(st.text(max_size=40), OVERRIDES))
-def test_any_text_as_an_override_is_valid_or_one_line(text):
-    try:
-        load_config(ROOT / "config.yaml", [text])
-    except UserError as error:
-        assert "\n" not in str(error)
