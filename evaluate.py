@@ -26,11 +26,11 @@ from engine.loop import Run
 from engine.processes import barrier, rank, world
 from layouts import classes, label_values
 from losses import confidence
-from metrics import ConfusionMatrix, agreement, predictions
+from metrics import ConfusionMatrix, predictions, shared_information
 from models import load_segmenter
 from settings import load_config, load_saved
 
-UNSURE = 1  # a smaller difference in agreement says nothing: the later stage is preferred then
+UNSURE = 1  # a smaller difference says nothing: the later stage is preferred then
 # the table's order, with the other methods of tools.baselines before DiGA's stages
 STAGES = ("source_only", "source_strong", "dacs", "daformer", "mic")
 STAGES += ("warmup", "selftrain_round1", "selftrain", "oracle")
@@ -149,7 +149,7 @@ def evaluate(run, path, datasets, out, args):
         if whole.images.labelled and teacher is not None:
             scores["teacher_miou"] = segment(run, teacher, whole, key)["miou"]
         if key == first and not (args.images or args.weights):
-            scores["agreement"] = agreement(run, run.place(student))
+            scores["information"] = shared_information(run, run.place(student))
         if scores and rank() == 0:
             scores["dataset"] = key
             scores["split"] = cfg.more_val.get(key, cfg.get(key)).split
@@ -226,12 +226,12 @@ def advice(results, title=str):
     figures = ", ".join(f"{title(stage)} {x:.1f}" for stage, x in found.items())
     harm = " Adaptation may have harmed." if best in ("source_only", "source_strong") else ""
     use = f"Without labels, {title(best)} is the one to use.{harm}"
-    return f"{use} Agreement between scales: {figures}"
+    return f"{use} Shared by two scales, in percent: {figures}"
 
 
 def judged(results):
-    """Return (the stage to use or None, stage -> agreement), judged without labels."""
-    found = {stage: entry.get("agreement") for stage, entry in results.items()}
+    """Return (the stage to use or None, stage -> shared information), judged without labels."""
+    found = {stage: entry.get("information") for stage, entry in results.items()}
     found = {stage: x for stage, x in found.items() if x is not None and stage != "oracle"}
     if len(found) < 2 or any(results[stage].get("miou") is not None for stage in found):
         return None, found

@@ -91,24 +91,33 @@ LAYOUTS = {
 
 
 def matching(root, pattern):
-    """Return the folder before a pattern's first *, and the images below that match it.
-
-    The images: path relative to the folder -> the texts that stand for each *, folders included. A
-    pattern without an extension matches any.
-    """
+    """Return the folder before a pattern's first *, and `match` of the images below it."""
     start = pattern[: pattern.index("*")].rpartition("/")[0]
-    rest = pattern[len(start) :].lstrip("/")
-    ending = "" if Path(rest).suffix.lower() in EXTENSIONS else r"\.\w+"
-    expression = re.compile(re.escape(rest).replace(r"\*", "(.*)") + ending)
     folder = Path(root) / start
-    matches = {name: expression.fullmatch(name) for name in list_images(folder)}
-    return folder, {name: match.groups() for name, match in matches.items() if match}
+    names = list_images(folder, unique=not has_extension(pattern))
+    return folder, match(names, pattern[len(start) :].lstrip("/"))
+
+
+def has_extension(pattern):
+    return Path(pattern).suffix.lower() in EXTENSIONS
+
+
+def match(names, pattern):
+    """Return the names that fit a pattern: name -> texts that stand for each *, folders included.
+
+    A pattern without an extension fits any.
+    """
+    ending = "" if has_extension(pattern) else r"\.\w+"
+    expression = re.compile(re.escape(pattern).replace(r"\*", "(.*)") + ending)
+    matches = {name: expression.fullmatch(name) for name in names}
+    return {name: found.groups() for name, found in matches.items() if found}
 
 
 def find_pairs(spec, domain, labelled):
     """Return a dataset's folder of images, and image name -> path of its label, or None.
 
-    spec: cfg's section `domain`. The names are relative to the folder.
+    spec: cfg's section `domain`. The names are relative to the folder. A file that fits both
+    patterns is no image if the labels' pattern is the longer one.
     """
     own = spec.layout
     pairs = LAYOUTS[own] if isinstance(own, str) else [(own["images"], own["labels"])]
@@ -117,7 +126,13 @@ def find_pairs(spec, domain, labelled):
             pair = [pattern.replace("labelIds", "labelTrainIds") for pattern in pair]
         images, labels = (pattern.replace("{split}", spec.split or ".") for pattern in pair)
         folder, texts = matching(spec.root, images)
-        label_folder, label_texts = matching(spec.root, labels) if labelled else (None, {})
+        is_mixed = len(labels) > len(images) and labels.startswith(images.partition("*")[0])
+        label_folder, label_texts = None, {}
+        if labelled or is_mixed:
+            label_folder, label_texts = matching(spec.root, labels)
+        if is_mixed:
+            of_labels = {label_folder / name for name in label_texts}
+            texts = {name: text for name, text in texts.items() if folder / name not in of_labels}
         paths = {text: label_folder / name for name, text in label_texts.items()}
         if texts and (paths or not labelled):
             break

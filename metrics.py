@@ -1,5 +1,6 @@
 """Scores with labels and without, predictions at several scales, validation."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,11 @@ from datasets import Images, Whole, loader
 from engine.config import UserError
 from engine.log import progress
 from engine.processes import sum_over_processes
+from layouts import classes
 from losses import probability_labels
 from models import recalibrate_batchnorm
 
-SCALES, COMPARED = (1.0, 0.5), 50  # of agreement: scales, number of images
+SCALES, COMPARED = (1.0, 0.5), 50  # of shared_information: scales, number of images
 
 
 class ConfusionMatrix:
@@ -82,23 +84,33 @@ def predictions(run, model, whole, scales):
         yield sample, probability_labels(logits, sample["shape"])[0], outputs
 
 
-def agreement(run, model):
-    """Return a score that needs no labels: the percentage of pixels of one class at both SCALES.
+def shared_information(run, model):
+    """Return a score that needs no labels: what predictions at two SCALES share, in percent.
 
-    On COMPARED images of the target, at the files' sizes; None where they are not there. It ranks
-    networks of one target as mIoU does, but for small differences: see docs/results.md.
+    It is mutual_information of the classes at full and at half size, on COMPARED images of the
+    target; None where they are not there. See docs/results.md.
     """
     if not Path(run.cfg.target.root).is_dir():
         return None
     whole = Whole(Images(run.cfg, "target", labelled=False).check(), run.cfg.target.sizes[-1])
     some = np.unique(np.linspace(0, len(whole) - 1, COMPARED, dtype=int)).tolist()
-    counts = torch.zeros(2, dtype=torch.int64, device=run.device)
+    k = len(classes(run.cfg))
+    counts = torch.zeros(k * k, dtype=torch.int64, device=run.device)
     for sample, _, outputs in predictions(run, model, Subset(whole, some), SCALES):
         full, half = (probability_labels([x], sample["shape"]) for x, *_ in outputs)
-        counts[0] += (full == half).sum()
-        counts[1] += full.numel()
-    same, pixels = sum_over_processes(counts).tolist()
-    return 100 * same / pixels
+        counts += torch.bincount((full * k + half).flatten(), minlength=k * k)
+    return mutual_information(sum_over_processes(counts).view(k, k))
+
+
+def mutual_information(counts):
+    """Return the mutual information of two labellings in percent of log K, what K classes hold.
+
+    counts: (K, K) pixels by class in the one and in the other. One class alone has 0.
+    """
+    joint = counts.double() / counts.sum()
+    apart = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
+    terms = torch.where(joint > 0, joint * (joint / apart).log(), 0)
+    return 100 * terms.sum().item() / math.log(len(counts))
 
 
 def finish(run, crops, **networks):

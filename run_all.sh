@@ -10,4 +10,4 @@ here="$(cd "$(dirname "$0")" && pwd)"
 cd "$here"
 . tools/env.sh
 cd "$user"
-PYTHONPATH="$here" exec python "$here/tools/run_all.py" "$@"
+exec python "$here/tools/run_all.py" "$@"

@@ -46,8 +46,11 @@ class Aligned:
         return self.read(self.paths[i])
 
 
-def list_images(folder):
-    """Return the paths of all images below a folder, relative to it, sorted, or UserError."""
+def list_images(folder, unique=True):
+    """Return the paths of all images below a folder, relative to it, sorted, or UserError.
+
+    unique: refuse two images that differ in their extension only.
+    """
     names = {}
     for path, folders, files in os.walk(folder, followlinks=True):
         below = os.path.relpath(path, folder).replace(os.sep, "/")
@@ -57,10 +60,11 @@ def list_images(folder):
             stem, extension = os.path.splitext(file)  # noqa: PTH122  (pathlib: a second for 25,000)
             if file[0] == "." or extension.lower() not in EXTENSIONS:
                 continue
-            if place + stem in names:
+            name = place + (stem if unique else file)
+            if name in names:
                 fault = "another image has the same name without extension"
                 raise UserError(f"{Path(folder) / place / file}: {fault}; rename one of them")
-            names[place + stem] = place + file
+            names[name] = place + file
     return sorted(names.values())
 
 

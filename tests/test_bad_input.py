@@ -134,7 +134,12 @@ def test_linked_folders_are_read_without_what_is_hidden(dataset, run, check):
         Path(f"game/{part}").mkdir()
         Path(f"game/{part}/linked").symlink_to(dataset / f"{part}_elsewhere")
         save(Path(f"{part}_elsewhere/.ipynb_checkpoints/00000.png"), picture(0)[0])
-    assert ok(check()).startswith("source: 6 images in ")
+    Path("images_elsewhere/00001.heic").write_bytes(b"x")
+    save(Path("labels_elsewhere/99999.png"), picture(0)[1])
+    lines = ok(check()).splitlines()
+    assert lines[0].startswith("source: 6 images in ")
+    for part in ("1 *.heic", "1 *.png"):
+        assert part in lines[1], lines
     ok(run("warmup", *PLAIN))
 
 

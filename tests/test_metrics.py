@@ -1,5 +1,8 @@
 """IoU against cityscapesscripts, on the same prediction files; the score that needs no labels."""
 
+import math
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -75,7 +78,7 @@ def test_synthias_means_over_16_and_13_classes(maps):
     assert scores["miou_16"] != scores["miou"]
 
 
-def test_agreement_is_the_share_of_pixels_of_one_class_at_full_and_half_size(tmp_path, monkeypatch):
+def test_shared_information_is_that_of_the_classes_at_full_and_half_size(tmp_path, monkeypatch):
     """On some images of unequal sizes, of a network in single precision."""
     rng = np.random.default_rng(0)
     shapes = [(96, 130), (101, 96), (96, 96)]
@@ -84,7 +87,7 @@ def test_agreement_is_the_share_of_pixels_of_one_class_at_full_and_half_size(tmp
         save(tmp_path / f"{i}.png", image)
     torch.manual_seed(1)
     model = build_segmenter("resnet18", 5, 8, 32).eval()
-    same = []
+    pairs = []
     for image in (images[0], images[2]):
         x = torch.tensor(image.copy()).permute(2, 0, 1)[None] / 255
         half = [max(round(side / 2), 1) for side in x.shape[2:]]
@@ -94,9 +97,14 @@ def test_agreement_is_the_share_of_pixels_of_one_class_at_full_and_half_size(tmp
                 F.interpolate(model(y)[0], x.shape[2:], mode="bilinear", align_corners=True)
                 for y in (x, small)
             ]
-        same.append((maps[0].argmax(1) == maps[1].argmax(1)).flatten())
-    wanted = 100 * torch.cat(same).float().mean().item()
-    assert 1 < wanted < 99
+        pairs += zip(*(x.argmax(1).flatten().tolist() for x in maps), strict=True)
+    both = {pair: n / len(pairs) for pair, n in Counter(pairs).items()}
+    first, second = (
+        {k: n / len(pairs) for k, n in Counter(x).items()} for x in zip(*pairs, strict=True)
+    )
+    terms = [p * math.log(p / first[a] / second[b]) for (a, b), p in both.items()]
+    wanted = 100 * sum(terms) / math.log(19)
+    assert 0.01 < wanted < 99
 
     # two of the images, and none is resized: the target's size is theirs
     monkeypatch.setattr(metrics, "COMPARED", 2)
@@ -104,18 +112,18 @@ def test_agreement_is_the_share_of_pixels_of_one_class_at_full_and_half_size(tmp
     target = f"target={{layout: flat, root: {tmp_path}, split: null}}"
     overrides = ["precision=fp32", "device=cpu", "workers=0", f"output={tmp_path}/runs", target]
     run = Run(load_config(ROOT / "config.yaml", overrides), "evaluate", "evaluation")
-    found = metrics.agreement(run, run.place(model))
+    found = metrics.shared_information(run, run.place(model))
     assert found == pytest.approx(wanted, abs=0.02)
 
 
-def test_the_network_of_the_largest_agreement_is_the_one_to_use_but_not_the_oracle():
+def test_the_network_of_the_most_shared_information_is_the_one_to_use_but_not_the_oracle():
     scores = {"source_only": 80.0, "warmup": 75.5, "oracle": 90.0}
-    results = {stage: {"agreement": x} for stage, x in scores.items()}
+    results = {stage: {"information": x} for stage, x in scores.items()}
     line = advice(results | {"warmup_on_night": {}})
     assert line.startswith("Without labels, source_only is the one to use. Adaptation may have")
     assert line.endswith(": source_only 80.0, warmup 75.5")
-    line = advice(results | {"selftrain": {"agreement": 85.0}})
-    assert line.startswith("Without labels, selftrain is the one to use. Agreement")
-    results = {"selftrain_round1": {"agreement": 89.0}, "selftrain": {"agreement": 88.5}}
+    line = advice(results | {"selftrain": {"information": 85.0}})
+    assert line.startswith("Without labels, selftrain is the one to use. Shared")
+    results = {"selftrain_round1": {"information": 89.0}, "selftrain": {"information": 88.5}}
     assert advice(results).startswith("Without labels, selftrain is")
-    assert advice({"warmup": {"agreement": 80.0}, "oracle": {"agreement": 90.0}}) == ""
+    assert advice({"warmup": {"information": 80.0}, "oracle": {"information": 90.0}}) == ""

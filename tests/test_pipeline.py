@@ -284,7 +284,7 @@ def test_without_labels_to_score_with_the_target_is_pictured(finished, run):
     shutil.copy(finished / "warmup.pth", finished / "selftrain.pth")
     out = ok(run("evaluate", "val.root=null", "evaluation.pictures=1"))
     results = json.loads((finished / "results.json").read_text())
-    assert 0 < results["warmup"]["agreement"] == results["selftrain"]["agreement"]
+    assert 0 < results["warmup"]["information"] == results["selftrain"]["information"]
     assert out.splitlines()[-1].startswith("Without labels, selftrain is the one to use.")
     ok(run("tools.report", finished))
     assert "Without labels, self-training is" in (finished / "report.html").read_text()

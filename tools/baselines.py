@@ -14,9 +14,13 @@ self-training and the steps of all of DiGA's stages together. Leaves runs/NAME/M
 """
 
 import math
+import sys
+from pathlib import Path
 
 import torch
 from torch.utils.data import StackDataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to be run by its path too
 
 import models
 from augment import class_mix, strong_view

@@ -1,18 +1,16 @@
-"""Time every stage against its bare networks, on made-up images of a configuration's sizes.
+"""Time the stages against their bare networks, on made-up images of the sizes of --cfg.
 
     python -m tools.bench --cfg config.yaml          # on the device of the configuration
     python -m tools.bench --cfg configs/demo.yaml --steps 30 --parts warmup,loader
     python -m tools.bench --cfg config.yaml precision=bf16 compile=true
 
 Both sides of a ratio take turns in one process. Prints a Markdown table of medians, seconds where
-nothing else is said, and writes the same to a JSON file. Where there is a GPU, its tests run too.
+nothing else is said, and writes the same to a JSON file. On a GPU, its tests are run too.
 """
 
 import contextlib
 import functools
-import itertools
 import json
-import multiprocessing
 import re
 import statistics
 import subprocess
@@ -26,25 +24,27 @@ import numpy as np
 import torch
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to be run by its path too
+
 import selftrain
 import translate_cyclegan
 import warmup
 from datasets import Crops, Images, Whole
 from engine.command import arguments, command
-from engine.config import UserError, plain
+from engine.config import UserError
 from engine.device import environment, memory_gb
 from engine.files import write_text
 from engine.folders import Aligned
 from engine.images import read_image, read_label, write_image
 from engine.loop import Run
 from layouts import classes
-from losses import Centroids
 from metrics import at_scales, predictions
 from models import build_segmenter
-from settings import checked, load_config
+from settings import load_config
+from tools.make_demo_data import render
 
-ROOT = Path(__file__).parent.parent
-VIEWS = {"warmup": 2, "selftrain": 3}  # of each image, which pass through both networks
+# stage -> its section, and the views of each image that pass through both networks
+STAGES = {"translator": ("translation", 0), "warmup": ("warmup", 2), "selftrain": ("selftrain", 3)}
 SETTLE = 2  # the first turns, which do not count
 
 
@@ -81,13 +81,17 @@ class Timed(Run):
     """
 
     def __init__(self, cfg, stage, repeats):
-        super().__init__(cfg, stage, "translation" if stage == "translator" else stage)
-        self.repeats, self.times = repeats, ([], [])
+        super().__init__(cfg, stage, STAGES[stage][0])
+        self.repeats = repeats
+        self.times = ([], [])
+        self.shows = False
 
     def steps(self, batches, total):
-        self.shows, batch = False, self.fetch(next(iter(batches)))
-        views = VIEWS.get(self.stage, 0) * batches.batch_size
+        batch = self.fetch(next(iter(batches)))
+        views = STAGES[self.stage][1] * batches.batch_size
         images = torch.rand(views, 3, *self.cfg.crop, device=self.device)
+        for name in ("student", "teacher") if self.cfg.compile and views else ():
+            self.state[name].compile()
         for step in range(self.repeats + SETTLE):
             started = now(self.device)
             yield min(step, total - 1), [batch] * self.cfg.accumulate
@@ -114,32 +118,27 @@ def bare_networks(run, images):
     run.state["optimizer"].zero_grad()
 
 
-def train(run):
-    """Run the loop of a Timed, without what its stage needs to have been done before."""
+def measure_step(stage, cfg, steps):
+    """Time a stage's steps.
+
+    first: the first step, which compiles and chooses kernels. GiB: the peak of the process so far.
+    """
+    run = Timed(cfg, stage, steps)
     run.is_finished(True)
-    source, target = Images(run.cfg, "source", True), Images(run.cfg, "target", False)
-    if run.stage == "translator":
+    source, target = Images(cfg, "source", True), Images(cfg, "target", False)
+    if stage == "translator":
         translate_cyclegan.train(run, source, target)
-    elif run.stage == "warmup":
+    elif stage == "warmup":
         warmup.train(run, None, source)
     else:
-        first, model = network(run.cfg, "warmup")
-        first.save(first.result, 0, {"student": model})
+        first = Run(cfg, "warmup", "warmup")
+        model = build_segmenter(num_classes=len(classes(cfg)), **cfg.model)
+        first.save(first.result, 0, {"student": first.place(model)})
         selftrain.train(run, first.result, run.folder / "pseudo_labels", source, target)
-    return run
-
-
-def time_steps(tree, stage, steps):
-    """Return a stage's row of the table. tree: the configuration, as plain dicts."""
-    run = train(Timed(checked(tree, [], "bench"), stage, steps))
-    found = ratio(*run.times) if stage in VIEWS else {"seconds": median(run.times[0])}
-    return found | {"first": run.times[0][0], "GiB": memory_gb(run.device)}
-
-
-def measure_step(stage, cfg, steps):
-    """Time a stage's steps. first: the first one, which compiles and chooses kernels. GiB: peak."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:  # no other part's peak
-        return pool.apply(time_steps, (plain(cfg), stage, steps))
+    found = {"first": run.times[0][0], "GiB": memory_gb(run.device)}
+    if stage == "translator":
+        return found | {"seconds": statistics.median(run.times[0][SETTLE:])}
+    return found | ratio(*run.times)
 
 
 def measure_loader(cfg, steps):
@@ -164,35 +163,34 @@ def time_samples(cfg, domain, kind, read, steps):
         if images.labelled:
             np.array(Image.open(images.label_paths[i]))  # paletted
 
-    ours, bare = (map(call, itertools.count()).__next__ for call in (crops.__getitem__, decode))
-    return in_turns(time.process_time, 5 * steps, ours, bare)
+    seconds = [], []
+    for n in range(5 * steps + SETTLE):
+        for call, kept in zip((crops.__getitem__, decode), seconds, strict=True):
+            started = time.process_time()
+            call(n)
+            kept.append(time.process_time() - started)
+    return ratio(*seconds)
 
 
+@torch.no_grad()
 def measure_evaluate(cfg, steps):
-    run, model = network(cfg, "evaluation")
-    given = model, Whole(Images(cfg, "val", labelled=True), cfg.val.size), cfg.evaluation.scales
-    return against_networks(run, steps, lambda: [*predictions(run, *given)], *given)
-
-
-def measure_pseudo_labels(cfg, steps):
-    run, model = network(cfg, "selftrain")
-    target = Images(cfg, "target", labelled=False)
-    centroids = Centroids(len(classes(cfg)), model.channels).to(run.device)
-    given = run, model, target, centroids, run.folder / "pseudo_labels"
-    networks = model, Whole(target, cfg.target.sizes[-1]), selftrain.SCALES
-    return against_networks(run, steps, lambda: [*selftrain.label_target(*given)], *networks)
-
-
-def measure_translate(cfg, steps):
-    run = Run(cfg, "translator", "translation")
-    generator = translate_cyclegan.Generator(cfg.translation.filters, cfg.translation.blocks)
-    generator, source = run.place(generator), Images(cfg, "source", labelled=False)
-
-    def ours():
-        folder = run.folder / "translated"
-        translate_cyclegan.write(run, generator, source, folder, time.time())
-
-    return against_networks(run, steps, ours, generator, Whole(source), [1])
+    """Time the segmentation of all target images against the networks alone."""
+    run = Run(cfg, "evaluate", "evaluation")
+    model = build_segmenter(num_classes=len(classes(cfg)), **cfg.model)
+    model = run.place(model).eval()
+    whole = Whole(Images(cfg, "target", False), cfg.val.size)
+    images = [run.fetch(torch.tensor(sample["image"][None])) for sample in whole]
+    seconds = [], []
+    for _ in range(steps + SETTLE):
+        started = now(run.device)
+        list(predictions(run, model, whole, cfg.evaluation.scales))
+        between = now(run.device)
+        for image in images:
+            with run.autocast():
+                at_scales(model, image, cfg.evaluation.scales)
+        seconds[0].append(between - started)
+        seconds[1].append(now(run.device) - between)
+    return ratio(*seconds)
 
 
 def measure_gpu_tests(cfg, steps):
@@ -200,22 +198,15 @@ def measure_gpu_tests(cfg, steps):
     if not torch.cuda.is_available():
         return {}
     ask = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"]
-    out = subprocess.run(ask, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False).stdout
+    root = Path(__file__).parent.parent
+    out = subprocess.run(ask, cwd=root, stdout=subprocess.PIPE, text=True, check=False).stdout
     print(out)
     outcome = re.findall(r"(\d+) (\w+)", out.strip().rpartition("\n")[2])
     return {word: int(count) for count, word in outcome}
 
 
-PARTS = {
-    "translator": functools.partial(measure_step, "translator"),
-    "warmup": functools.partial(measure_step, "warmup"),
-    "selftrain": functools.partial(measure_step, "selftrain"),
-    "loader": measure_loader,
-    "evaluate": measure_evaluate,
-    "pseudo_labels": measure_pseudo_labels,
-    "translate": measure_translate,
-    "gpu_tests": measure_gpu_tests,
-}
+PARTS = {stage: functools.partial(measure_step, stage) for stage in STAGES}
+PARTS |= {"loader": measure_loader, "evaluate": measure_evaluate, "gpu_tests": measure_gpu_tests}
 
 
 def now(device):
@@ -225,65 +216,28 @@ def now(device):
     return time.perf_counter()
 
 
-def in_turns(clock, turns, *calls):
-    """Return the ratio of two functions that are called in turns."""
-    seconds = [], []
-    for _ in range(turns + SETTLE):
-        for call, kept in zip(calls, seconds, strict=True):
-            started = clock()
-            call()
-            kept.append(clock() - started)
-    return ratio(*seconds)
-
-
-def median(seconds):
-    return statistics.median(seconds[SETTLE:])
-
-
 def ratio(ours, bare):
     """Return the medians of two lists of seconds, and their ratio."""
-    ours, bare = median(ours), median(bare)
+    ours, bare = (statistics.median(seconds[SETTLE:]) for seconds in (ours, bare))
     return {"seconds": ours, "bare": bare, "ratio": ours / bare}
-
-
-@torch.no_grad()
-def against_networks(run, steps, ours, model, whole, scales):
-    """Return the ratio of a function to passing all images of a datasets.Whole through the model.
-
-    The images are on the device; their sides are cut to multiples of 4.
-    """
-    images = [run.fetch(torch.tensor(sample["image"])[None]) for sample in whole]
-    images = [x[..., : x.shape[2] // 4 * 4, : x.shape[3] // 4 * 4] for x in images]
-
-    def bare():
-        for image in images:
-            with run.autocast():
-                at_scales(model, image, scales)
-
-    return in_turns(functools.partial(now, run.device), steps, ours, bare)
-
-
-def network(cfg, section):
-    """Return a run and an untrained network, on its device and in eval mode."""
-    run = Run(cfg, "warmup", section)
-    model = build_segmenter(num_classes=len(classes(cfg)), **cfg.model)
-    return run, run.place(model).eval()
 
 
 def make_files(cfg, folder, count=4):
     """Write `count` images and labels of each domain; return overrides that use them.
 
-    Source images are PNGs with filters at level 6, labels paletted, as in GTA5.
+    They are the demo's, enlarged, with noise: PNGs as large as those of photographs. Labels are
+    paletted, as in GTA5.
     """
+    rng = np.random.default_rng(0)
     overrides = [f"output={folder}", f"translation.images={folder}/source/translated"]
-    full = cfg.target.sizes[-1]
-    sizes = {"source": cfg.source.sizes[-1], "target": full, "val": cfg.val.size or full}
-    for domain, size in sizes.items():
-        root = Path(folder) / domain
+    for domain in ("source", "target"):
+        root, size = Path(folder) / domain, cfg[domain].sizes[-1]
         (root / "images").mkdir(parents=True)
         (root / "labels").mkdir()
         for i in range(count):
-            image, label = scene(np.random.default_rng(i), size, len(classes(cfg)))
+            image, label = (cv2.resize(x, size[::-1]) for x in render(0, "game", i))
+            image = (image + rng.normal(0, 1.5, image.shape)).clip(0, 255).astype(np.uint8)
+            label %= len(classes(cfg))
             Image.fromarray(image).save(root / f"images/{i}.png")
             paletted = Image.frombytes("P", size[::-1], label.tobytes())
             paletted.putpalette([*range(256)] * 3)
@@ -294,24 +248,6 @@ def make_files(cfg, folder, count=4):
         overrides += [f"{domain}.{key}" for key in keys]
     run = "name=bench bn_images=1 workers=0 model.weights=null"
     return [*overrides, *run.split(), "selftrain.diagnose=false", "selftrain.rounds=1"]
-
-
-def scene(rng, size, count):
-    """Return an image of discs that hide each other and its label of `count` classes, uint8.
-
-    Disc sizes follow r^-3 ("dead leaves"): it takes as long to decode as a photograph.
-    """
-    image, label = np.full((*size, 3), 128, np.uint8), np.zeros(size, np.uint8)
-    colours = rng.integers(40, 216, (count, 1))
-    for _ in range(size[0] * size[1] // 100):
-        k, at = int(rng.integers(count)), rng.integers(0, size[::-1]).tolist()
-        radius = 1.5 / max(rng.random(), (6 / size[0]) ** 2) ** 0.5
-        shade = colours[k] + rng.normal(0, 25) + rng.normal(0, 8, 3)
-        cv2.circle(image, at, max(round(radius), 1), shade.clip(0, 255).tolist(), cv2.FILLED)
-        if radius > size[0] / 60:
-            cv2.circle(label, at, round(radius), k, cv2.FILLED)
-    image = cv2.GaussianBlur(image, (0, 0), 0.8) + rng.normal(0, 0.8, image.shape)
-    return image.clip(0, 255).astype(np.uint8), label
 
 
 if __name__ == "__main__":

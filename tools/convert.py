@@ -1,23 +1,26 @@
 """Write weights of other projects once in the form that the stages read.
 
 python -m tools.convert student student.pth --out authors.pth
-python -m tools.convert backbone simclr.pth --out weights/backbone.pth
+python -m tools.convert backbone deeplab.pth --out weights/backbone.pth
 python -m tools.convert translator FOLDER_OR_FILE --out data/translated --cfg my.yaml
 
 student: the network that the DiGA authors released -> a checkpoint for evaluate.py --weights and
 selftrain.py --init. Its classes are those of --cfg.
-backbone: a ResNet of old DeepLab ("Scale." before each name; for BGR in 0 ... 255, less a mean), or
-of ProDA's SimCLR -> a file for model.weights.
+backbone: a ResNet of old DeepLab ("Scale." before each name; for BGR in 0 ... 255, less a mean) ->
+a file for model.weights. Files in torchvision's layout, as ProDA's SimCLR, need no conversion.
 translator: the authors' folder that holds enc_s.pth and dec_s2t.pth, or a latest_net_G_A.pth of
 pytorch-CycleGAN-and-pix2pix -> a translated image for each one of cfg.source, in a folder for
 translation.images.
 """
 
+import sys
 import time
 from pathlib import Path
 
 import torch
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to be run by its path too
 
 from datasets import Images
 from engine.command import Parser, command
@@ -74,7 +77,7 @@ def save(path, state):
 def student(path, cfg):
     """Return a checkpoint's entries from the authors' student.pth. Raises UserError."""
     ours = mean_and_std(128 / 255)
-    for key, value in tensors(path).items():
+    for key, value in load_tensors(path).items():
         prefix = next((prefix for prefix in STUDENT_KEYS if key.startswith(prefix)), "")
         name = STUDENT_KEYS.get(prefix, "") + key.removeprefix(prefix)
         if key == "layer0.0.weight":
@@ -89,22 +92,13 @@ def student(path, cfg):
 
 
 def backbone(path):
-    """Return a state dict in torchvision's layout from old DeepLab's or SimCLR's file.
-
-    Old DeepLab's has `mean` and `std` as well: of RGB images in [0, 1]. Raises UserError.
-    """
-    theirs = load_tensors(path)
-    theirs = theirs.get("state_dict", theirs)
-    theirs = {key.removeprefix("module."): value for key, value in theirs.items()}
-    is_deeplab = "Scale.conv1.weight" in theirs
+    """Return a state dict in torchvision's layout, and its images' `mean` and `std`."""
+    theirs = {key: value for key, value in load_tensors(path).items() if ".layer5." not in key}
+    if "Scale.conv1.weight" not in theirs:
+        raise UserError(f"{path}: holds no ResNet of old DeepLab; see --help")
     ours = {key.removeprefix("Scale."): value for key, value in theirs.items()}
-    if "conv1.weight" not in ours:
-        raise UserError(f"{path}: holds no ResNet of old DeepLab or of SimCLR; see --help")
-    ours = {key: value for key, value in ours.items() if not key.startswith(("fc.", "layer5."))}
-    if is_deeplab:
-        ours["conv1.weight"] = ours["conv1.weight"].flip(1)
-        ours |= mean_and_std(1 / 255)
-    return ours
+    ours["conv1.weight"] = ours["conv1.weight"].flip(1)
+    return ours | mean_and_std(1 / 255)
 
 
 def mean_and_std(std):
@@ -113,21 +107,12 @@ def mean_and_std(std):
     return {"mean": mean, "std": torch.full((3, 1, 1), std)}
 
 
-def tensors(path):
-    """Return a file's state dict. Raises UserError where it holds anything but tensors."""
-    state = load_tensors(path)
-    other = next((key for key, x in state.items() if not isinstance(x, torch.Tensor)), None)
-    if other is not None:
-        raise UserError(f"{path}: its entry {other} is no tensor; is this the authors' file?")
-    return state
-
-
 # ---------------------------------------------------------------- translators
 
 
 def cyclegan(path):
     """Return the Generator in a latest_net_G_A.pth. Raises UserError."""
-    state = {key.removeprefix("module."): value for key, value in tensors(path).items()}
+    state = {key.removeprefix("module."): value for key, value in load_tensors(path).items()}
     # old PyTorch versions saved statistics of instance norm, which nothing reads
     unused = ("running_mean", "running_var", "num_batches_tracked")
     state = {key: value for key, value in state.items() if not key.endswith(unused)}
@@ -176,7 +161,7 @@ def authors_translator(folder):
     ):
         names = [f"{conv}.conv.{kind}" for conv in convs for kind in ("weight", "bias")]
         ours = dict(zip(names, module.state_dict(), strict=True))
-        theirs = tensors(Path(folder) / name)
+        theirs = load_tensors(Path(folder) / name)
         renamed = {ours.get(key, f"? {key}"): value for key, value in theirs.items()}
         load_exactly(module, renamed, Path(folder) / name)
     return generator

@@ -4,13 +4,14 @@
     python -m tools.entries                               # writes the tables alone
 
 A table stands below a line `<!-- entries: NAME ... -->`, with a column for each name; below
-`<!-- entries: all -->` it has a line for each entry; below `<!-- entries: agreement -->` it shows
-how well agreement between scales ranks the networks of each.
+`<!-- entries: all -->` it has a line for each entry.
 """
 
-import itertools
 import re
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to be run by its path too
 
 from engine.command import Parser, command
 from engine.config import UserError
@@ -46,8 +47,6 @@ def pages(root):
     def table(found):
         if found[2] == "all":
             rows = [COLUMNS, ["---"] * len(COLUMNS), *map(line, entries.values())]
-        elif found[2] == "agreement":
-            rows = list(agreements(entries.values()))
         else:
             names = found[2].split()
             if unknown := {*names} - {*entries}:
@@ -60,17 +59,15 @@ def pages(root):
 
 
 def figure(run, stage):
-    """Return a stage's mIoU, and in brackets those of cfg.evaluation.subsets."""
+    """Return a stage's mIoU, and in brackets those of cfg.evaluation.subsets; or the gap closed."""
+    if stage == "gap":
+        gap = gap_closed(run["results"], "selftrain")
+        return "-" if gap is None else f"{gap:.0f}%"
     scores = run["results"].get(stage, {})
     if scores.get("miou") is None:
         return "-"
     subsets = [f"({value:.1f})" for key, value in scores.items() if key.startswith("miou_")]
     return " ".join([f"{scores['miou']:.1f}", *subsets])
-
-
-def closed(run):
-    gap = gap_closed(run["results"], "selftrain")
-    return "-" if gap is None else f"{gap:.0f}%"
 
 
 def stages(runs):
@@ -84,27 +81,8 @@ def stages(runs):
         method = "DiGA, " if stage.startswith(("warmup", "selftrain")) else ""
         rows.append([method + title(stage), *(figure(run, stage) for run in runs)])
     if set(REFERENCES) <= set(there):
-        rows.append(["share of the gap that is closed", *map(closed, runs)])
+        rows.append(["share of the gap that is closed", *(figure(run, "gap") for run in runs)])
     return rows
-
-
-def agreements(runs):
-    """Yield rows: each run's networks by their mIoU, and the pairs that agreement ranks alike."""
-    yield from (("entry", "networks by their mIoU", "agreement", "pairs ranked"), ["---"] * 4)
-    sums = [0, 0]
-    for run in runs:
-        scores = {stage: run["results"][stage] for stage in STAGES if stage in run["results"]}
-        scores.pop("oracle", None)
-        found = [(e["miou"], e.get("agreement"), stage) for stage, e in scores.items()]
-        found = sorted(entry for entry in found if None not in entry)
-        if len(found) < 2:
-            continue
-        ranked = [a[1] < b[1] for a, b in itertools.combinations(found, 2)]
-        sums = [sums[0] + sum(ranked), sums[1] + len(ranked)]
-        networks = ", ".join(f"{stage} {miou:.1f}" for miou, _, stage in found)
-        figures = ", ".join(f"{agreement:.1f}" for _, agreement, _ in found)
-        yield run["folder"].name, networks, figures, f"{sum(ranked)} of {len(ranked)}"
-    yield "all", "", "", "{} of {}".format(*sums)
 
 
 def line(run):
@@ -112,10 +90,10 @@ def line(run):
     cfg, commit = run["config"], run["environment"].get("commit") or "-"
     hours = sum(end.get("seconds") or 0 for _, end in run["log"].values() if end) / 3600
     data = f"{cfg.source.root} → {cfg.target.root}".replace("data/", "")
-    scores = [figure(run, s) for s in ("source_only", "warmup", "selftrain", "oracle")]
+    scores = [figure(run, s) for s in ("source_only", "warmup", "selftrain", "oracle", "gap")]
     name = run["folder"].name
     link = f"[{name}](results/{name})"
-    return [link, data, cfg.model.network, *scores, closed(run), f"{hours:.1f}", commit[:9]]
+    return [link, data, cfg.model.network, *scores, f"{hours:.1f}", commit[:9]]
 
 
 if __name__ == "__main__":

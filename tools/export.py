@@ -7,9 +7,13 @@ hold class names, colours and val.size. Needs `pip install -r tools/requirements
 """
 
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to be run by its path too
 
 from engine.command import Parser, command
 from engine.config import UserError
@@ -29,9 +33,7 @@ def main():
     cfg = load_saved(load_tensors(args.weights)["config"], args.overrides, args.weights)
     written = export(network, cfg.val.size or cfg.crop)
     write_atomically(args.out, lambda temporary: temporary.write_bytes(written))
-    print(
-        f"{args.out}: image (1, 3, H, W), RGB in [0, 1] -> logits (1, {len(network.classes)}, H, W)"
-    )
+    print(f"{args.out}: written, for images of any size, {len(network.classes)} classes")
 
 
 def export(network, size):

@@ -9,6 +9,7 @@ Every file is a pure function of (seed, split, number).
 """
 
 import signal
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to be run by its path too
 
 from engine.command import arguments, command
 from engine.files import write_text

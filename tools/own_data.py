@@ -1,13 +1,16 @@
 """Write a first configuration for your own image folders, and check every file that one names.
 
-    python -m tools.own_data --init FOLDER_WITH_LABELS FOLDER_WITHOUT --out my.yaml
-    python -m tools.own_data --check --cfg my.yaml
+    python tools/own_data.py --init FOLDER_WITH_LABELS FOLDER_WITHOUT --out my.yaml
+    python tools/own_data.py --check --cfg my.yaml
 
 --check reads every image and label, prints sizes and class shares, and draws contact sheets.
 """
 
-import functools
+import colorsys
 import os
+import re
+import shlex
+import sys
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -15,21 +18,26 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from datasets import IGNORED, Images
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to be run by its path too
+
+from datasets import CODE, IGNORED, NO_CLASS, Images
 from engine.command import arguments, command
 from engine.config import UserError, one_line
-from engine.folders import EXTENSIONS, list_images, warn
+from engine.files import write_text
 from engine.images import paint, read_image, read_label, resize, threads, write_image
 from engine.log import progress
-from layouts import LAYOUTS, classes
+from layouts import classes, label_values
 from settings import load_config
+from tools.find_layout import find_splits, look, some
 from tools.templates import render
 
-ROOT = Path(__file__).parent.parent
-SAMPLED = 200  # at most this many files are read for sizes and label values
+ROOT = Path(__file__).resolve().parent.parent
 LARGEST = 1052 * 1914  # pixels of a training image at most: GTA5's
+SAMPLED = 200  # at most this many files are read for sizes and label values
+LISTED = 60  # colours that are made classes, the most frequent ones
+NAMED = 20  # values or colours that are printed
 
 
 def main():
@@ -41,16 +49,18 @@ def main():
     words = "the file that --init writes (default: %(default)s)"
     parser.add_argument("--out", default="my.yaml", metavar="FILE", type=Path, help=words)
     args = parser.parse_intermixed_args()
+    warnings.simplefilter("ignore")  # Pillow's, about metadata
     if args.init:
         write_config(*args.init, args.out)
         return
-    warnings.simplefilter("ignore")  # Pillow's, about metadata
     cfg = load_config(args.cfg, args.overrides)
     labelled = {"source": True, "target": cfg.selftrain.diagnose or "oracle" in cfg.stages}
-    if cfg.val.root:
-        labelled["val"] = True
-    for domain in (*labelled, *(f"more_val.{name}" for name in cfg.more_val)):
-        check(cfg, domain, Images(cfg, domain, labelled.get(domain, True)))
+    labelled |= {"val": True} if cfg.val.root else {}
+    labelled |= {f"more_val.{name}": True for name in cfg.more_val}
+    unknown = [line for x in labelled for line in check(cfg, x, Images(cfg, x, labelled[x]))]
+    if unknown:
+        fault = f"no class for {one_line(', '.join(unknown))}"
+        raise UserError(f"{args.cfg}: {fault}; add these values to ids (null: ignored)")
 
 
 def write_config(source, target, path):
@@ -60,133 +70,175 @@ def write_config(source, target, path):
     """
     if path.exists():
         raise UserError(f"{path}: exists already; remove it, or choose another name with --out")
-    sources, targets = splits_of(source), splits_of(target)
-    source = max(sources, key=lambda x: (x["split"] == "train", len(x["labels"])))
-    if not source["labels"]:
-        fault = "has images, but no label of the same name as one of them"
-        raise UserError(f"{source['folder']}: {fault}; see docs/own_data.md")
-
-    def preference(x):
-        return x["split"] == "train", x["split"] is None, len(x["images"]) - len(x["labels"])
-
-    target = max(targets, key=preference)
-    labelled = [x for x in targets if x["labels"] and x is not target]
-    val = max(labelled, key=lambda x: (x["split"] == "val", len(x["labels"])), default=None)
-    found = {"source": source, "target": target, "val": val}
-    for name, x in found.items():
-        counts = x and f"{len(x['images'])} images, {len(x['labels'])} labels, in {x['folder']}"
-        print(f"{name}: {counts or 'nothing with labels'}")
-
-    shares, colours = label_values([*source["labels"], *(val["labels"] if val else [])])
-    print("label values: " + ", ".join(f"{value} ({x:.1%})" for value, x in shares.items()))
-    sizes = {"source": training_sizes(source["images"]), "target": training_sizes(target["images"])}
+    found = choose(find_splits(source, labelled=True), find_splits(target))
+    values = meaning(found)
+    used = {domain: x for domain, x in found.items() if x}
+    name = re.sub(r"[^\w.-]+", "_", path.stem).strip("._-") or "my"
+    if not found["val"]:
+        print("val: nothing with labels")
+    for domain, x in used.items():
+        what = f"{len(x['images'])} images, {len(x['pairs'])} labels, in {x['root']}"
+        print(f"{domain}: {what}, layout {x['layout']}, split {x['split']}")
+        some_lack = domain != "target" and len(x["pairs"]) < len(x["images"])
+        x["list"] = path.with_name(f"{name}_{domain}.txt") if some_lack else None
+    sizes = {domain: training_sizes(found[domain]) for domain in ("source", "target")}
     smallest = np.minimum(sizes["source"][0], sizes["target"][0])
-    values = {"path": path, "base": os.path.relpath(ROOT / "config.yaml", path.parent)}
-    values |= {"shares": shares, "colours": colours, "sizes": sizes}
-    values["gpu"] = torch.cuda.is_available()
-    values["crop"] = (smallest * 5 // 6 // 16 * 16).tolist()
-    values["translation_crop"] = np.maximum(smallest // 2 // 4 * 4, 32).tolist()
+    own, here = shlex.quote(str(path)), "" if Path.cwd() == ROOT else f"{ROOT}/"
+    values |= {
+        "name": name,
+        "check": f"python {shlex.quote(f'{here}tools/own_data.py')} --check --cfg {own}",
+        "run": f"bash {shlex.quote(f'{here}run_all.sh')} {own}",
+        "base": os.path.relpath(ROOT / "config.yaml", path.parent.resolve()),
+        "gpu": torch.cuda.is_available(),
+        "sizes": sizes,
+        "crop": (smallest * 5 // 6 // 16 * 16).tolist(),
+        "translation_crop": np.maximum(smallest // 2 // 4 * 4, 32).tolist(),
+    }
     render(path, "own_data.yaml.jinja", **found, **values)
-    load_config(path)
-    print(f"{path}: written; read it through, then python -m tools.own_data --check --cfg {path}")
+    try:
+        load_config(path)
+    except UserError:
+        path.unlink()
+        raise
+    for x in used.values():
+        if x["list"]:
+            write_text(x["list"], "".join(f"{image}\n" for image in x["pairs"]))
+    print(f"{path}: written, name: {name}; read it through, then {values['check']}")
 
 
-def splits_of(root):
-    """Return the splits that have images below `root`, all in the layout with the most labels.
+def choose(sources, targets):
+    """Return the splits to use: source, target, and val, which is None without labels."""
 
-    A split is a dict: layout, root, split, folder, images and labels (lists of paths). A bare
-    folder of images is the last choice. Raises UserError without images.
+    def is_split(x, kind):
+        return (x["split"] or "").lower().startswith(kind)
+
+    source = max(sources, key=lambda x: (is_split(x, "train"), len(x["pairs"])))
+    target = max(targets, key=lambda x: (is_split(x, "train"), not x["split"], -len(x["pairs"])))
+    others = [x for x in targets if x["pairs"] and x is not target]
+    val = max(others, key=lambda x: (is_split(x, "val"), len(x["pairs"])), default=None)
+    return {"source": source, "target": target, "val": val}
+
+
+def sample(x, names):
+    """Return the paths of some of a split's files."""
+    return [x["root"] / name for name in some(names, SAMPLED)]
+
+
+def training_sizes(x):
+    """Return two [height, width], low and full: the median of a split's images, at most LARGEST.
+
+    If there are landscape and portrait images, those of the more frequent shape count.
     """
-    found = []
-    for layout, (image_folder, label_folders, image_end, label_end) in LAYOUTS.items():
-        if layout == "gta5":  # equals the layout `folder` without a split
-            continue
-        splits, (head, split_in_name, _) = [None], image_folder.partition("{split}")
-        if split_in_name and (root / head).is_dir():
-            splits += sorted(path.name for path in (root / head).iterdir() if path.is_dir())
-        for split in splits:
-            places = [root / x.format(split=split or ".") for x in (image_folder, *label_folders)]
-            images = {s: x for s, x in by_stem(places[0]).items() if s.endswith(image_end)}
-            labels = {stem: path for place in places[1:] for stem, path in by_stem(place).items()}
-            names = [stem.removesuffix(image_end) + label_end for stem in images]
-            one = {"layout": layout, "root": root, "split": split, "folder": places[0]}
-            paired = [labels[name] for name in names if name in labels]
-            found.append(one | {"images": [*images.values()], "labels": paired})
-    found = [x for x in found if x["images"]]
-    if not found:
-        raise UserError(f"{root}: no images were found; see docs/own_data.md for the layouts")
-    best = max(found, key=lambda x: (len(x["labels"]), x["layout"] != "flat"))["layout"]
-    return [x for x in found if x["layout"] == best]
-
-
-def by_stem(folder):
-    """Return the images below a folder: relative path without its extension -> path."""
-    return {name.rpartition(".")[0]: folder / name for name in list_images(folder)}
-
-
-def sample(paths):
-    """Return at most SAMPLED of the paths, evenly spaced."""
-    return paths[:: -(-len(paths) // SAMPLED)]
-
-
-def label_values(paths):
-    """Return two dicts of label files' values, in order: value -> share, value -> colour [r, g, b].
-
-    The colours are a palette's or distinct ones. Raises UserError unless there are 2 to 255 values.
-    """
-    pixels, colours = np.zeros(65536, np.int64), {}
-    for path in sample(paths):
-        values, painted = read_label(path, red_only="LABELS" in path.parts), read_image(path)
-        pixels += np.bincount(values.ravel(), minlength=65536)
-        for value in np.unique(values).tolist():
-            if value not in colours:
-                colours[value] = painted[values == value][0].tolist()
-    if not 2 <= len(colours) <= 255:
-        fault = f"this label and the others hold {len(colours)} values"
-        raise UserError(f"{paths[0]}: {fault}; a label holds the number of a class in every pixel")
-    distinct = len(set(map(tuple, colours.values()))) == len(colours)
-    if not distinct or all(len(set(colour)) == 1 for colour in colours.values()):  # no palette
-        colours = dict(zip(sorted(colours), distinct_colours(len(colours)), strict=True))
-    return {value: pixels[value] / pixels.sum() for value in sorted(colours)}, colours
-
-
-def distinct_colours(count):
-    """Return `count` colours [r, g, b], each far in CIELAB from those before it and from black."""
-    rgb = np.stack(np.meshgrid(*[np.arange(0, 256, 36)] * 3), -1).reshape(-1, 3)
-    lab = cv2.cvtColor(np.float32(rgb[None] / 255), cv2.COLOR_RGB2LAB)[0]
-    distance, chosen = np.linalg.norm(lab, axis=1), []
-    for _ in range(count):
-        chosen.append(distance.argmax())
-        distance = np.minimum(distance, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
-    return rgb[chosen].tolist()
-
-
-def training_sizes(paths):
-    """Return two [height, width], low and full: of the median image, at most LARGEST pixels."""
-    size = np.median([read_image(path).shape[:2] for path in sample(paths)], axis=0)
+    sizes = np.array([read_image(path).shape[:2] for path in sample(x, x["images"])])
+    landscape = sizes[:, 1] >= sizes[:, 0]
+    size = np.median(sizes[landscape == (landscape.mean() >= 0.5)], axis=0)
+    if size.min() < 40:  # a translation's crop is 32, of the low size
+        fault = f"the images are {size[1]:.0f}x{size[0]:.0f}; they need 40x40 pixels at least"
+        raise UserError(f"{x['root']}: {fault}")
     size = size * min(1, (LARGEST / size.prod()) ** 0.5)
     return [(size * scale).astype(int).tolist() for scale in (0.8, 1)]
 
 
-def check(cfg, domain, images, shown=12):
+def coding_of(x):
+    """Return how most labels of a split are coded: values, red or colours."""
+    channels = np.median([look(path)[2] for path in sample(x, x["pairs"].values())])
+    if x["layout"] == "synthia":
+        return "red"
+    return "colours" if channels > 2 else "values"
+
+
+def meaning(found):
+    """Return what the template says of the labels of source and val. Raises UserError.
+
+    entries: (value or [r, g, b] as text, share of the pixels, class or None, the class's colour).
+    """
+    source, coding = found["source"], coding_of(found["source"])
+    if found["val"] and coding_of(found["val"]) != coding:
+        print("val: its labels are of another kind than the source's, and are not used")
+        found["val"] = None
+    pixels, colours = Counter(), {}  # of each value or colour; a palette's colours
+    for x in filter(None, (source, found["val"])):
+        for path in sample(x, x["pairs"].values()):
+            values = read_label(path, coding)
+            of_file = tally(values)
+            pixels.update(of_file)
+            if coding == "values" and of_file.keys() - colours.keys():
+                painted = read_image(path)
+                colours |= {value: painted[values == value][0].tolist() for value in of_file}
+    shares = {code: pixels[code] / pixels.total() for code in sorted(pixels)}
+    by_colour = coding == "colours"
+    if len(shares) < 2 or (len(shares) > 255 and not by_colour):
+        path, fault = sample(source, source["pairs"].values())[0], f"{len(shares)} values"
+        remedy = "a label holds the number of a class in every pixel"
+        raise UserError(f"{path}: this label and the others hold {fault}; {remedy}")
+    if by_colour:
+        names = {code: f"class_{k}" for k, (code, _) in enumerate(pixels.most_common(LISTED), 1)}
+    else:
+        names = {value: f"class_{value}" for value in shares}
+        if 255 in shares:
+            names[255] = names[255] if is_class_255(shares) else None
+            taken = "a class" if names[255] else "ignored"
+            print(f"value 255, {shares[255]:.1%} of the pixels, is taken as {taken}; see ids")
+        if all(len(set(colour)) == 1 for colour in colours.values()):  # gray, without a palette
+            colours = {value: distinct_colour(k) for k, value in enumerate(names)}
+    entries = [(in_words(x, coding), shares[x], names[x], colours.get(x)) for x in names]
+    first = ", ".join(f"{key} ({share:.1%})" for key, share, *_ in entries[:NAMED])
+    print(f"label {'colours' if by_colour else 'values'}, {len(shares)}: {first}")
+    return {"by_colour": by_colour, "entries": entries}
+
+
+def tally(values):
+    """Return value -> pixels of a label's values (H, W), or of its colours (H, W, 3) as codes."""
+    codes = (values if values.ndim == 2 else values @ CODE).ravel()
+    starts = np.append(0, np.flatnonzero(codes[1:] != codes[:-1]) + 1)  # few: labels are flat
+    found, where = np.unique(codes[starts], return_inverse=True)
+    pixels = np.bincount(where, np.diff(np.append(starts, codes.size))).astype(int)
+    return dict(zip(found.tolist(), pixels.tolist(), strict=True))
+
+
+def in_words(code, coding):
+    """Return a value, or the colour of a code, as it is written in a configuration."""
+    return str([code // place % 256 for place in CODE.tolist()] if coding == "colours" else code)
+
+
+def is_class_255(shares):
+    """Return whether the label value 255 is a class, by the shares of all values.
+
+    It is one in a mask: beside one other value, or with a few percent of the pixels beside values
+    that are not the numbers of three or more classes.
+    """
+    others = shares.keys() - {255}
+    are_numbers = len(others) > 2 and max(others) < 64
+    return len(others) < 2 or (shares[255] > 0.03 and not are_numbers)
+
+
+def distinct_colour(k):
+    """Return colour k, [r, g, b], of a series whose neighbours differ in hue and lightness."""
+    colour = colorsys.hsv_to_rgb(k * 0.382 % 1, 1 - k % 3 * 0.25, 1 - k % 2 * 0.4)
+    return [round(255 * channel) for channel in colour]
+
+
+def check(cfg, domain, images):
     """Read all files of a datasets.Images, print sizes and class shares, draw a contact sheet.
 
-    shown: the number of images on it. Raises UserError for a file that cannot be trained on.
+    Returns the label values without a class, in words. Raises UserError for a file that cannot be
+    trained on.
     """
-    sizes, pixels, turned = Counter(), np.zeros(256, np.int64), 0
+    sizes, pixels, unknown = Counter(), np.zeros(256, np.int64), {}
+    known = label_values(images.spec.ids, images.classes)
+    known = {np.dot(x, CODE) if isinstance(x, tuple) else x for x in known}
+    images.table[images.table == NO_CLASS] = IGNORED  # all are named below, not the first one
     with progress(total=len(images), desc=domain) as bar:
-        for size, _, counts, is_turned in threads.map(
-            functools.partial(read, images), range(len(images))
-        ):
+        found = threads.map(lambda i: read(images, i), range(len(images)))
+        for i, (size, codes, counts) in enumerate(found):
             sizes[size] += 1
             pixels += counts
-            turned += is_turned
+            for code in codes.keys() - known:
+                count, first = unknown.get(code, (0, images.label_paths[i]))
+                unknown[code] = count + codes[code], first
             bar.update()
-    if turned:
-        fault = f"{turned} of {len(images)} images have an EXIF orientation, which is not applied"
-        warn(f"{domain}: {fault}; turn their pixels, for example by mogrify -auto-orient")
-    labels = "" if images.labelled else ", labels not read"
-    print(f"{domain}: {len(images)} images in {images.folder}{labels}")
+    words = "" if images.labelled else ", labels not read"
+    print(f"{domain}: {len(images)} images in {images.folder}{words}")
     print(f"  left out: {left_out(images)}")
     print("  sizes: " + ", ".join(f"{n} of {w}x{h}" for (h, w), n in sizes.most_common(5)))
     if images.labelled:
@@ -194,55 +246,55 @@ def check(cfg, domain, images, shown=12):
         counts = np.append(pixels[: len(names) - 1], pixels[IGNORED])
         shares = zip(names, 100 * counts / pixels.sum(), strict=True)
         print("  classes: " + ", ".join(f"{name} {share:.2f}%" for name, share in shares))
+    kind = "colour" if images.coding == "colours" else "value"
+    for code, (count, first) in sorted(unknown.items(), key=lambda x: -x[1][0])[:NAMED]:
+        share = f"{count / pixels.sum():.2%} of the pixels, first in {first}"
+        print(f"  unknown {kind} {in_words(code, images.coding)}: {share}")
+    images.check()
     path = Path(cfg.output) / cfg.name / f"contact_sheet_{domain}.png"
-    write_image(path, contact_sheet(images, classes(cfg), shown))
+    write_image(path, contact_sheet(images, classes(cfg)))
     print(f"  contact sheet: {path}")
+    return [f"{domain}: {code}" for code in unknown if kind == "value"]
 
 
 def left_out(images):
-    """Return in words which files in the folders of a datasets.Images are not read, and why."""
-    counts, seen = Counter(), set()
-    for path, folders, files in os.walk(images.folder, followlinks=True):
-        real, names = Path(path).resolve(), folders + files
-        if real in seen:
-            counts["linked a second time"] += 1
-            names, files = [], []
-        counts["hidden"] += sum(name.startswith(".") for name in names)
-        kinds = (Path(name).suffix.lower() for name in files if not name.startswith("."))
-        counts.update(f"named *{kind}" for kind in kinds if kind not in EXTENSIONS)
-        folders[:] = [x for x in folders if not x.startswith(".") and real not in seen]
-        seen.add(real)
-    counts["not in the list or of the layout"] = len(list_images(images.folder)) - len(images)
-    if images.labelled:
-        stems = (name.rpartition(".")[0] for name in list_images(images.label_folder))
-        labels = sum(stem.endswith(images.label_end) for stem in stems)
-        counts["labels without an image"] = labels - len(images)
-    return one_line(", ".join(f"{n} {why}" for why, n in counts.most_common() if n)) or "nothing"
+    """Return in words which files beside those of a datasets.Images are not read."""
+    labels = images.label_paths if images.labelled else []
+    used = {images.folder / name for name in images.names} | set(labels)
+    folders = {path.parent for path in used}
+    files = {path for folder in folders for path in folder.iterdir() if path.is_file()} - used
+    kinds = Counter(path.suffix.lower() for path in files)
+    words = [f"{count} *{kind}" for kind, count in kinds.most_common()]
+    return one_line(f"{', '.join(words)}, as {min(files)}") if files else "nothing"
 
 
 def read(images, i):
-    """Return images.summary(i), and whether EXIF says to turn image i.
+    """Return image i's (H, W), its label's codes -> pixels, and its label's pixels of each class.
 
     Pillow reads the files as well: what OpenCV guesses in a damaged one, it refuses.
     """
-    turned = False
-    for path in (images.folder / images.names[i], *images.label_paths[i : i + 1]):
+    labels = images.label_paths[i : i + 1] if images.labelled else []
+    for path in (images.folder / images.names[i], *labels):
         try:
             with Image.open(path) as image:
-                turned = turned or image.getexif().get(ExifTags.Base.Orientation, 1) != 1
                 image.load()
         except UnidentifiedImageError:  # a format that OpenCV alone knows, or none
             continue
         except Exception as error:  # Pillow raises a dozen types, depending on the damage
             fault = f"is damaged inside ({one_line(error)})"
             raise UserError(f"{path}: {fault}; restore the file or remove it") from error
-    return *images.summary(i), turned
+    size = images.image(i).shape[:2]
+    if not images.labelled:
+        return size, {}, np.zeros(256, int)
+    values = read_label(images.label_paths[i], images.coding)
+    counts = np.bincount(images.to_classes(values, i).ravel(), minlength=256)
+    return size, tally(values), counts
 
 
-def contact_sheet(images, colours, shown):
+def contact_sheet(images, colours):
     """Return a picture (H, W, 3) uint8 of images, three a row, each beside its painted label."""
     tiles = []
-    for i in np.unique(np.linspace(0, len(images) - 1, shown, dtype=int)).tolist():
+    for i in some(range(len(images)), 12):
         pair = [images.image(i)]
         if images.labelled:
             painted = paint(images.label(i), colours)
@@ -265,7 +317,7 @@ def legend(colours, width, cell=150):
     font = (cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
     for k, (name, colour) in enumerate(entries):
         x, y = k % across * cell + 4, k // across * 24 + 4
-        cv2.rectangle(picture, (x, y), (x + 16, y + 16), colour, cv2.FILLED)
+        picture[y : y + 16, x : x + 16] = colour
         cv2.putText(picture, name, (x + 22, y + 13), *font)
     return picture
 

@@ -14,12 +14,15 @@ import contextlib
 import io
 import json
 import re
+import sys
 from pathlib import Path
 
 import cv2
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to be run by its path too
 
 from datasets import IGNORED, Images
 from engine.command import Parser, command

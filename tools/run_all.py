@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to be run by its path too
+
 from engine.command import arguments, command
 from settings import load_config
 
@@ -59,8 +61,7 @@ def run(module, line):
         start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     # by its path: a user may stand in a folder that has a module of the same name
     script = (ROOT / module.replace(".", "/")).with_suffix(".py")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    stage = subprocess.Popen([sys.executable, *start, str(script), *line], env=environment)
+    stage = subprocess.Popen([sys.executable, *start, str(script), *line])
     # a terminal's Ctrl-C reaches the stage as well, which saves and ends
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, _: stage.send_signal(number))
