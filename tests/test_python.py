@@ -122,7 +122,7 @@ def test_the_network_of_an_imported_file_and_a_file_that_is_not_there(dataset, r
     given = ("model.network=tiny", "warmup.crdomix=false", "warmup.steps=1")
     ok(run("warmup", "--import", "my_network.py", *given))
     assert "| warmup |" in ok(run("evaluate", "--import", "my_network.py", *given))
-    refused(run("warmup", "--import", "none.py", *given), "--import none.py: there is no such file")
+    refused(run("warmup", "--import", "none.py", *given), "none.py: No such file")
 
 
 CELL = """

@@ -94,7 +94,7 @@ def test_run_all_from_any_folder_with_a_relative_configuration(dataset):
     done = subprocess.run(line, check=False, **more)
     assert done.returncode == 0, done.stderr
     heads = [line for line in done.stdout.splitlines() if line.startswith("== ")]
-    assert heads == ["== warmup", "== oracle", "== evaluate"]
+    assert heads == ["== warmup (1 of 3)", "== oracle (2 of 3)", "== evaluate (3 of 3)"]
     folder = dataset / "out/test"
     assert (folder / "report.html").is_file()
     assert not same_networks(folder / "warmup.pth", folder / "oracle.pth")
