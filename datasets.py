@@ -28,11 +28,7 @@ CODE = np.array([1, 256, 65536])  # of a colour (r, g, b): its place in a table
 
 
 class Images(Folder):
-    """The images of a dataset and, if `labelled`, their label maps.
-
-    domain: source, target, val or more_val.NAME. Raises UserError for what is missing. Every file
-    is checked when it is read; `check` reads some of them.
-    """
+    """The images of cfg's dataset `domain` and, if `labelled`, its label maps, or UserError."""
 
     def __init__(self, cfg, domain, labelled):
         self.domain = domain
@@ -327,10 +323,7 @@ def _set_up_worker(_):
 
 
 def recalibration_crops(cfg, batch, domains, **images):
-    """Return a Dataset of crops for batch norm's statistics, dicts of all `domains`, or None.
-
-    images: domain -> Images, of domains that are read anyway; cfg.bn_images of each are taken.
-    """
+    """Return crops of all `domains`, in dicts, for batch norm's statistics; None without any."""
     steps = max(cfg.bn_images // sum(batch), 1)
     crops = {}
     for domain in domains:

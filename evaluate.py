@@ -117,9 +117,8 @@ class Video(Folder):
 def open_film(path, video):
     """Return an OpenCV writer of an MP4 file for pictures of a video's size, or UserError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    height, width = video.size
     code = cv2.VideoWriter_fourcc(*"mp4v")
-    writer = cv2.VideoWriter(str(path), code, video.rate, (width, height))
+    writer = cv2.VideoWriter(str(path), code, video.rate, video.size[::-1])
     if not writer.isOpened():
         raise UserError(f"{path}: cannot be written; check the disk and OpenCV's video support")
     return writer
@@ -216,15 +215,12 @@ def segment(run, model, whole, key, out=None, stage=None, args=None):
 
 
 def advice(results, title=str):
-    """Return a line that says which network to use, judged without labels.
-
-    It is "" for less than two networks, and where one has a score. title: stage -> its name.
-    """
+    """Return a line that says which network to use without labels, or "" where one has a score."""
     best, found = judged(results)
     if best is None:
         return ""
     figures = ", ".join(f"{title(stage)} {x:.1f}" for stage, x in found.items())
-    harm = " Adaptation may have harmed." if best in ("source_only", "source_strong") else ""
+    harm = " Adaptation may have harmed." if best.startswith("source") else ""
     use = f"Without labels, {title(best)} is the one to use.{harm}"
     return f"{use} Shared by two scales, in percent: {figures}"
 

@@ -94,20 +94,13 @@ def matching(root, pattern):
     """Return the folder before a pattern's first *, and `match` of the images below it."""
     start = pattern[: pattern.index("*")].rpartition("/")[0]
     folder = Path(root) / start
-    names = list_images(folder, unique=not has_extension(pattern))
+    names = list_images(folder, unique=Path(pattern).suffix.lower() not in EXTENSIONS)
     return folder, match(names, pattern[len(start) :].lstrip("/"))
 
 
-def has_extension(pattern):
-    return Path(pattern).suffix.lower() in EXTENSIONS
-
-
 def match(names, pattern):
-    """Return the names that fit a pattern: name -> texts that stand for each *, folders included.
-
-    A pattern without an extension fits any.
-    """
-    ending = "" if has_extension(pattern) else r"\.\w+"
+    """Return the names that fit a pattern: name -> texts that stand for each *, over folders."""
+    ending = "" if Path(pattern).suffix.lower() in EXTENSIONS else r"\.\w+"
     expression = re.compile(re.escape(pattern).replace(r"\*", "(.*)") + ending)
     matches = {name: expression.fullmatch(name) for name in names}
     return {name: found.groups() for name, found in matches.items() if found}
@@ -116,8 +109,7 @@ def match(names, pattern):
 def find_pairs(spec, domain, labelled):
     """Return a dataset's folder of images, and image name -> path of its label, or None.
 
-    spec: cfg's section `domain`. The names are relative to the folder. A file that fits both
-    patterns is no image if the labels' pattern is the longer one.
+    A file that fits both patterns is no image if the labels' pattern is the longer one.
     """
     own = spec.layout
     pairs = LAYOUTS[own] if isinstance(own, str) else [(own["images"], own["labels"])]

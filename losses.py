@@ -86,10 +86,7 @@ def _best(logits, size):
 
 
 def confident_share(logits, size):
-    """Return q of DACS, the share of confident pixels of each image, (B,) float32.
-
-    logits: (B, K, h, w), upsampled to `size` (H, W). It weighs labels that a moving teacher gives.
-    """
+    """Return q of DACS, the share of confident pixels of each image, (B,) float32."""
     return (confidence([logits], size) >= CONFIDENT).float().mean((1, 2))
 
 

@@ -32,10 +32,10 @@ class ConfusionMatrix:
         self.counts += torch.bincount(pairs.flatten(), minlength=k * k + 1)[:-1].view(k, k)
 
     def scores(self, names, subsets=None, dataset="val"):
-        """Return percentages over all processes: miou, pixel_accuracy, iou, miou_KEY of a subset.
+        """Return percentages over all processes: miou, pixel_accuracy, iou, miou_KEY of subsets.
 
         iou: class name -> IoU, None for a class in neither labels nor predictions; it counts in no
-        mean. subsets: KEY -> names. Raises UserError, which names `dataset`, without any label.
+        mean. Raises UserError, which names `dataset`, without any label.
         """
         counts = sum_over_processes(self.counts).double().cpu()
         if not counts.any():
@@ -85,11 +85,7 @@ def predictions(run, model, whole, scales):
 
 
 def shared_information(run, model):
-    """Return a score that needs no labels: what predictions at two SCALES share, in percent.
-
-    It is mutual_information of the classes at full and at half size, on COMPARED images of the
-    target; None where they are not there. See docs/results.md.
-    """
+    """Return mutual_information of predictions at two SCALES of COMPARED target images, or None."""
     if not Path(run.cfg.target.root).is_dir():
         return None
     whole = Whole(Images(run.cfg, "target", labelled=False).check(), run.cfg.target.sizes[-1])
@@ -103,10 +99,7 @@ def shared_information(run, model):
 
 
 def mutual_information(counts):
-    """Return the mutual information of two labellings in percent of log K, what K classes hold.
-
-    counts: (K, K) pixels by class in the one and in the other. One class alone has 0.
-    """
+    """Return the mutual information in counts (K, K) of two labellings, in percent of log K."""
     joint = counts.double() / counts.sum()
     apart = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
     terms = torch.where(joint > 0, joint * (joint / apart).log(), 0)

@@ -1,8 +1,7 @@
 """Segmentation networks, their optimizer, the EMA teacher, loading weights.
 
-A network takes RGB images (B, 3, H, W) in [0, 1], which it normalises itself, and returns logits
-(B, K, h, w), features f (B, C, h, w) and the logits of the auxiliary classifier or None; h is about
-H / output stride.
+A network takes RGB images (B, 3, H, W) in [0, 1] and returns logits (B, K, h, w), features f
+(B, C, h, w) and the logits of the auxiliary classifier or None; h is about H / output stride.
 """
 
 import copy
@@ -23,10 +22,7 @@ from settings import NETWORKS, OWN_NETWORKS, load_saved
 
 
 class Segmenter(nn.Module):
-    """A backbone, a head (output f, of `channels`), classifiers of f and of the backbone's output.
-
-    divisor: of the sides that the backbone takes; images are scaled to the nearest multiples.
-    """
+    """A backbone, a head (output f), classifiers; images are scaled to multiples of `divisor`."""
 
     def __init__(self, backbone, head, classifier, divisor=1, auxiliary=None):
         super().__init__()
@@ -96,11 +92,7 @@ def build_segmenter(network, num_classes, output_stride=8, channels=256, weights
 
 
 def register(name):
-    """Return a decorator that makes model.network = `name` stand for the function below it.
-
-    The function takes the keywords num_classes, output_stride, channels and weights, and returns a
-    backbone, a head and a classifier; see docs/python.md. Raises UserError for a name in use.
-    """
+    """Return a decorator: model.network = `name` stands for its function; see docs/python.md."""
     if name in NETWORKS or name.startswith("smp/"):
         raise UserError(f"register({name!r}): this name is in use; choose another one")
     OWN_NETWORKS.pop(name, None)  # a cell of a notebook may run twice
@@ -179,8 +171,7 @@ class AdamW(torch.optim.AdamW):
 def build_optimizer(model, options):
     """Return SGD or AdamW with groups for the backbone (frozen at rate 0) and one for the rest.
 
-    options: cfg.optimizer. Its layer_decay is a factor on lr_backbone for each block of a
-    transformer, counted from the last (as in BEiT, ICLR 2022); other backbones have one rate.
+    layer_decay: a factor on lr_backbone for each block, counted from the last (BEiT, ICLR 2022).
     """
     if options.lr_backbone == 0:
         model.backbone.requires_grad_(False)
@@ -280,8 +271,7 @@ def load(path):
 def load_segmenter(path, cfg=None, which="student", same_model=False):
     """Return a checkpoint's student or teacher (or None), its Config, its entries, or UserError.
 
-    Of the Config, `classes` and `model` are its own; `cfg` must have the same classes, and with
-    `same_model` the same model.
+    `cfg` must have the classes of the checkpoint, and with `same_model` its model.
     """
     saved = load_tensors(path)
     if not {"student", "config"} <= saved.keys():

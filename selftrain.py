@@ -180,10 +180,7 @@ def crops_of_target(run, target, folder):
 
 
 def weighted_labels(run, stored, logits, size):
-    """Return y^p (B, H, W) and its weights: stored labels weigh 1, a moving teacher's less.
-
-    logits: the moving teacher's, whose labels take the place of `stored` ones that are None.
-    """
+    """Return y^p and weights (B, H, W): stored labels weigh 1, those of `logits` less (DACS)."""
     if stored is not None:
         return stored, torch.ones(stored.shape, device=stored.device)
     labels, share = probability_labels([logits], size), confident_share(logits, size)
@@ -193,10 +190,7 @@ def weighted_labels(run, stored, logits, size):
 
 
 def label_target(run, model, target, centroids, folder):
-    """Write y^p of every target image as an 8-bit PNG of the image's size.
-
-    Yields the class means of each image where cfg.selftrain.centroids is "target".
-    """
+    """Write y^p of every target image as an 8-bit PNG; yield class means for its centroids."""
     whole = Whole(target, run.cfg.target.sizes[-1])
     with image_writer() as write_image:
         for sample, labels, outputs in predictions(run, model, whole, SCALES):

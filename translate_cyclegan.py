@@ -2,8 +2,7 @@
 
 python translate_cyclegan.py --cfg config.yaml
 
-A CycleGAN (Zhu et al., ICCV 2017) with a loss that keeps borders between classes where they are, so
-that the source's labels stay valid. Only G: source -> target is used afterwards.
+A CycleGAN (Zhu et al., ICCV 2017) whose loss keeps borders of classes, so that labels stay valid.
 """
 
 import torch
@@ -129,9 +128,9 @@ def train(run, source, target):
 def write(run, generator, source, folder, made):
     """Write the translation of every source image to NAME.jpg in `folder`, of the same size.
 
-    JPEG takes a third of a PNG's disk space and of its decoding, which is most of a sample's time.
     Images that were written after the time `made` and after their own image are left alone.
     """
+    # JPEG takes a third of a PNG's space and of its decoding, which is most of a sample's time
     paths = [(folder / name).with_suffix(".jpg") for name in source.names]
 
     def is_old(i):
@@ -173,7 +172,7 @@ class Pool(nn.Module):
     def exchange(self, images, number, places):
         """Return images (B, 3, H, W), half of which come from the pool once it is full.
 
-        number: how many images came before, in all processes. places: (batch,) integers, drawn.
+        number: of the first image in all processes. places: (batch,) integers, drawn.
         """
         answer = []
         size = len(images)
@@ -205,10 +204,7 @@ class ResidualBlock(nn.Module):
 
 
 class Generator(nn.Module):
-    """CycleGAN's ResNet generator: (B, 3, H, W) -> (B, 3, H, W), RGB in [0, 1].
-
-    H and W are multiples of 4. Parameters have the names of junyanz/pytorch-CycleGAN-and-pix2pix.
-    """
+    """CycleGAN's ResNet generator of RGB (B, 3, H, W) in [0, 1]; H and W are multiples of 4."""
 
     def __init__(self, filters=64, blocks=9):
         super().__init__()

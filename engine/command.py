@@ -22,10 +22,9 @@ PYTORCH = {
 
 
 def command(main):
-    """Run a script's main(); end the process with an exit code unless it succeeds.
+    """Run a script's main(); exit codes: 2 for invalid input and a lack of memory or disk.
 
-    Exit codes: 2 for invalid input and for a lack of memory or disk, 130 for SIGINT and 143 for
-    SIGTERM (see engine.loop). A fault of the code is a traceback.
+    engine.loop has 130 for SIGINT and 143 for SIGTERM. A fault of the code is a traceback.
     """
     try:
         processes.join()

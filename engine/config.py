@@ -1,7 +1,4 @@
-"""Configurations: YAML on top of a base, key.sub=value on top, checked against an example.
-
-No key is known here. A rule is a pair: what a value must be, in words; the test of a value.
-"""
+"""Configurations: YAML on a base, overrides; checked by an example and rules (words, test)."""
 
 import difflib
 import os

@@ -33,10 +33,7 @@ def choose(name, precision):
 
 
 def fetch(batch, device):
-    """Return a tensor that a loader yields, or nested dicts of them, on the device.
-
-    Images uint8 (B, H, W, 3) become float32 (B, 3, H, W) in [0, 1]; labels uint8 (B, H, W) int64.
-    """
+    """Return nested tensors on the device: uint8 images as floats in [0, 1], labels as int64."""
     if isinstance(batch, dict):
         return {name: fetch(part, device) for name, part in batch.items()}
     batch = batch.to(device, non_blocking=True)

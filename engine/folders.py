@@ -47,10 +47,7 @@ class Aligned:
 
 
 def list_images(folder, unique=True):
-    """Return the paths of all images below a folder, relative to it, sorted, or UserError.
-
-    unique: refuse two images that differ in their extension only.
-    """
+    """Return all image paths below a folder, sorted, or UserError; unique: no two of one stem."""
     names = {}
     for path, folders, files in os.walk(folder, followlinks=True):
         below = os.path.relpath(path, folder).replace(os.sep, "/")

@@ -20,8 +20,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JPEG = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, 0x111111]  # 4:4:4
 # IMWRITE_PNG_FILTER, ..._NONE, unknown to OpenCV 4.11: labels decode in a third of the time
 UNFILTERED = [19, 8]
-# The only threads beside the main one that use OpenCV. They are never ended: an ending thread holds
-# a lock of OpenCV, for which a DataLoader worker that is forked in that moment waits for ever.
+# never ended: an ending thread holds a lock of OpenCV, for which a worker that is forked waits
 threads = ThreadPoolExecutor(4)
 Image.MAX_IMAGE_PIXELS = 2**29  # Pillow refuses twice as many, which is OpenCV's limit
 

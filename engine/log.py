@@ -20,10 +20,7 @@ def progress(*args, **options):
 
 
 class Figures:
-    """Figures of a stage: [numerator, denominator] by name, summed without waiting for the device.
-
-    recent: since the last line of the log. overall: since the stage began.
-    """
+    """Figures of a stage: name -> [numerator, denominator], summed without a wait."""
 
     def __init__(self, folder, stage, device):
         self.folder = folder

@@ -43,10 +43,7 @@ class Checkpoints:
         self.state = {}  # name -> what a checkpoint holds
 
     def is_finished(self, force, inputs=()):
-        """Lock the run's folder; return whether the stage's result is there. Raises UserError.
-
-        inputs: files of earlier stages, datasets.Images. force: replace the result in the end.
-        """
+        """Lock the folder; return whether the result of these inputs (files, Images) is there."""
         self.force = force
         return processes.decided_by_first(lambda: self._look(inputs))
 
@@ -146,8 +143,8 @@ class Run(Checkpoints):
     def steps(self, batches, total):
         """Yield (step, parts) for each step up to `total`; log, save and stop between steps.
 
-        parts: this process's micro-batches, on the device; torch is seeded before each. After
-        SIGINT or SIGTERM in any process, save after the step and raise SystemExit.
+        parts: this process's micro-batches; torch is seeded before each. After SIGINT or SIGTERM in
+        any process, save after the step and raise SystemExit.
         """
         received = []
         numbers = signal.SIGINT, signal.SIGTERM
