@@ -141,7 +141,7 @@ def check(tree, example, rules, origin, prefix=""):
             must = f"hold the keys {', '.join(default)}"
             require(isinstance(value, dict), origin, name, value, must)
             value = check(value, default, rules, origin, f"{name}.")
-        checked[key] = os.path.expanduser(value) if isinstance(value, str) else value  # noqa: PTH111
+        checked[key] = os.path.expanduser(value) if type(value) is str else value  # noqa: PTH111
     for key in tree.keys() - example.keys():
         near = difflib.get_close_matches(str(key), example, 1, 0)[0]
         fault = f"unknown key {one_line(f'{prefix}{key} = {tree[key]}')}"

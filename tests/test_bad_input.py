@@ -221,7 +221,8 @@ def test_paths_as_people_give_them(dataset, run, monkeypatch):
     monkeypatch.setenv("HOME", str(dataset))
     text = Path("test.yaml").read_text().replace("root: game", "root: ~/game")
     Path("straße.yaml").write_text(text.replace("car:", "größe:"), encoding="utf-8")
-    more = ("source.ids={7: road, 23: sky, 26: größe, 0: null}", "val.root=~/camera", "output=~/ü")
+    ids = "source.ids={7: road, 23: sky, 26: größe, 0: null}"
+    more = ids, "val.root=~/camera", "output=~/ü"
     ok(run("warmup", "--cfg", "straße.yaml", *PLAIN, *more))
     assert (dataset / "ü/test/warmup.pth").is_file()
     refused(run("evaluate", "--weights", "a\n.pth"), "a .pth: there is no such file")

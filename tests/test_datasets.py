@@ -42,13 +42,6 @@ def test_gta5_with_paletted_labels_of_equal_colours(dataset, config):
         assert np.array_equal(images.label(i), as_classes(label))
 
 
-def test_cityscapes(config):
-    images = Images(config(), "target", labelled=True)
-    assert images.names == [f"a/a_{i}_leftImg8bit.png" for i in range(4)]
-    assert np.array_equal(images.label(2), as_classes(picture(102)[1]))
-    assert len(Images(config(), "val", labelled=True)) == 2
-
-
 def test_synthia_stores_the_class_in_the_first_of_three_16_bit_channels(dataset, config):
     ids = {"sky": 1, "road": 3, "car": 8}
     for i in range(2):
@@ -329,11 +322,6 @@ def test_the_scale_of_an_image(dataset, config, shape, sides):
         rows, columns = image[..., 0].astype(float), image[..., 1].astype(float)
         found = np.diff(rows, axis=0).mean(), np.abs(np.diff(columns, axis=1)).mean()
         assert found == pytest.approx(wanted, rel=0.05)
-
-
-def test_no_side_is_scaled_below_the_crop(config):
-    cfg = config("min_scale=0.01", "source.sizes=[[40, 56], [48, 64]]")
-    assert all(crops(cfg)[n]["image"].shape == (32, 40, 3) for n in range(16))
 
 
 def test_a_crop_of_one_class_is_drawn_again(dataset, config):

@@ -71,7 +71,9 @@ FOLDERS = {  # files -> the patterns of images and labels, or the layout's name;
     "p #.jpg, l #.png": "*.jpg *.png",
     "p #.png, l #_mask.png, v #_overlay.png": "* *_mask",
     "p f/#_rgb.png, c f/#_seg.png, l f/#_ids.png": "*_rgb *_ids",
-    "p images/train/#.jpg, l labels/train/#.png, p images/val/#.jpg": "images/{split}/* labels/{split}/*",  # noqa: E501
+    "p images/train/#.jpg, l labels/train/#.png, p images/val/#.jpg": (
+        "images/{split}/* labels/{split}/*"
+    ),
     "p train/rgb/#.jpg, l train/seg/#.png, p val/rgb/#.jpg": "{split}/rgb/* {split}/seg/*",
     "p leftImg8bit/train/a/#_leftImg8bit.png, l gtFine/train/a/#_gtFine_labelIds.png": "cityscapes",
 }  # fmt: skip

@@ -1,7 +1,4 @@
-"""Damaged checkpoints and random configurations, by seeded generators; LONG=1: many more.
-
-Each ends with exit code 0 or 2, and with one line where it fails.
-"""
+"""Damaged checkpoints, random configurations: exit code 0, or 2 and one line; LONG=1: more."""
 
 import random
 import shutil
