@@ -136,7 +136,8 @@ class Project:
             for name in ("label_target", "class_means_of_source"):
                 patch.setattr(selftrain, name, lambda *_: iter(()))
             patch.setattr(selftrain, "Aligned", lambda *_: lambda i: self.label)
-            source, target = Images(cfg, "source", True), Images(cfg, "target", False)
+            source = Images(cfg, "source", True)
+            target = Images(cfg, "target", cfg.selftrain.diagnose)
             if stage == "warmup":
                 warmup.train(run, None, source)
             else:
