@@ -117,7 +117,7 @@ class Images(Folder):
             warn(f"{self.domain}: none of {len(shapes)} labels holds {one_line(absent)}")
 
     def label_values(self, i, image):
-        """Return the values (H, W), or colours (H, W, 3), in the label file of image i, `image`."""
+        """Return the values (H, W) in the label file of image i, which is `image`."""
         values = read_label(self.label_paths[i], self.coding)
         require_same_size(self.label_paths[i], values, self.folder / self.names[i], image)
         return values
@@ -130,8 +130,7 @@ class Images(Folder):
     def to_classes(self, values, i):
         """Return the classes of values of label i, or of a part of them."""
         if self.coding == "colours":
-            codes = cv2.cvtColor(values, cv2.COLOR_RGB2RGBA).view("<u4")[..., 0] & 0xFFFFFF
-            return self.table.take(codes)
+            return self.table.take(values)
         is_small = values.dtype == np.uint8
         label = cv2.LUT(values, self.table[:256]) if is_small else self.table[values]
         if (label == NO_CLASS).any():

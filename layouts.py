@@ -9,26 +9,27 @@ from engine.config import UserError, one_line
 from engine.folders import EXTENSIONS, list_images
 
 # Cityscapes' 19 classes in order: colour; id in Cityscapes and GTA5, in SYNTHIA, ids in Mapillary
+# Vistas 1.2, and 2.0 where several classes together are one of 1.2
 CITYSCAPES = {
-    "road": ((128, 64, 128), 7, 3, (13, 24, 41)),
-    "sidewalk": ((244, 35, 232), 8, 4, (2, 15)),
-    "building": ((70, 70, 70), 11, 2, (17,)),
-    "wall": ((102, 102, 156), 12, 21, (6,)),
-    "fence": ((190, 153, 153), 13, 5, (3,)),
-    "pole": ((153, 153, 153), 17, 7, (45, 47)),
-    "traffic light": ((250, 170, 30), 19, 15, (48,)),
-    "traffic sign": ((220, 220, 0), 20, 9, (50,)),
-    "vegetation": ((107, 142, 35), 21, 6, (30,)),
-    "terrain": ((152, 251, 152), 22, 16, (29,)),
-    "sky": ((70, 130, 180), 23, 1, (27,)),
-    "person": ((220, 20, 60), 24, 10, (19,)),
-    "rider": ((255, 0, 0), 25, 17, (20, 21, 22)),
-    "car": ((0, 0, 142), 26, 8, (55,)),
-    "truck": ((0, 0, 70), 27, 18, (61,)),
-    "bus": ((0, 60, 100), 28, 19, (54,)),
-    "train": ((0, 80, 100), 31, 20, (58,)),
-    "motorcycle": ((0, 0, 230), 32, 12, (57,)),
-    "bicycle": ((119, 11, 32), 33, 11, (52,)),
+    "road": ((128, 64, 128), 7, 3, (13, 24, 41), (21, *range(35, 45), *range(46, 56), 57, 58, 74)),
+    "sidewalk": ((244, 35, 232), 8, 4, (2, 15), (4, 24)),
+    "building": ((70, 70, 70), 11, 2, (17,), (27, 28)),
+    "wall": ((102, 102, 156), 12, 21, (6,), (12,)),
+    "fence": ((190, 153, 153), 13, 5, (3,), (5,)),
+    "pole": ((153, 153, 153), 17, 7, (45, 47), (85, 86, 88)),
+    "traffic light": ((250, 170, 30), 19, 15, (48,), (*range(90, 96),)),
+    "traffic sign": ((220, 220, 0), 20, 9, (50,), (99, 100, 101, 103)),
+    "vegetation": ((107, 142, 35), 21, 6, (30,), (64,)),
+    "terrain": ((152, 251, 152), 22, 16, (29,), (63,)),
+    "sky": ((70, 130, 180), 23, 1, (27,), (61,)),
+    "person": ((220, 20, 60), 24, 10, (19,), (30, 31)),
+    "rider": ((255, 0, 0), 25, 17, (20, 21, 22), (32, 33, 34)),
+    "car": ((0, 0, 142), 26, 8, (55,), (108,)),
+    "truck": ((0, 0, 70), 27, 18, (61,), (114,)),
+    "bus": ((0, 60, 100), 28, 19, (54,), (107,)),
+    "train": ((0, 80, 100), 31, 20, (58,), (111,)),
+    "motorcycle": ((0, 0, 230), 32, 12, (57,), (110,)),
+    "bicycle": ((119, 11, 32), 33, 11, (52,), (105,)),
 }
 
 
@@ -43,7 +44,12 @@ def classes(cfg):
 
 # ids -> all label values; the column of CITYSCAPES with those that are not ignored
 KNOWN = [*range(35), 255]
-NAMED_IDS = {"cityscapes": (KNOWN, 1), "synthia": (range(23), 2), "mapillary": (range(66), 3)}
+NAMED_IDS = {
+    "cityscapes": (KNOWN, 1),
+    "synthia": (range(23), 2),
+    "mapillary": (range(66), 3),
+    "mapillary_v2": (range(124), 4),
+}
 
 
 def label_values(ids, classes):
@@ -85,6 +91,7 @@ LAYOUTS = {
         ("{split}/images/*", "{split}/v1.2/labels/*"),
         ("{split}/images/*", "{split}/labels/*"),
     ],
+    "mapillary_v2": [("{split}/images/*", "{split}/v2.0/labels/*")],
     "folder": [("{split}/images/*", "{split}/labels/*")],
     "flat": [("{split}/*", "{split}/../labels/*")],
 }

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from engine.config import UserError
 from engine.files import write_atomically
@@ -31,19 +31,21 @@ def read_image(path):
 
 
 def read_label(path, coding="values"):
-    """Return the values of a label file, (H, W) uint8 or uint16; of a paletted PNG its indices.
+    """Return the values of a label file, (H, W) uint8 or uint16, turned as EXIF says.
 
-    coding: "red": a colour image's red channel; "colours": its colours, RGB (H, W, 3) uint8.
+    Of a paletted PNG its indices. coding: "red": a colour image's red channel; "colours": the codes
+    of its colours, r + 256 g + 65536 b, int32. Raises UserError.
     """
     data = _read(path)
     is_png = data.startswith(PNG_SIGNATURE)
     if data.startswith(b"\xff\xd8"):
         raise UserError(f"{path}: is a JPEG, which changes values next to edges; write PNG instead")
     if coding == "colours":
-        return _decode(path, data, cv2.IMREAD_COLOR_RGB)
+        colours = _decode(path, data, cv2.IMREAD_COLOR_RGB)
+        return cv2.cvtColor(colours, cv2.COLOR_RGB2RGBA).view("<i4")[..., 0] & 0xFFFFFF
     if is_png and data[25:26] == b"\x03":  # with a palette: OpenCV would return its colours
         return _decode(path, data)
-    values = _decode(path, data, cv2.IMREAD_UNCHANGED)
+    values = _decode(path, data, cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH)
     if is_png and data[24] < 8 and values.ndim == 2:  # OpenCV spreads 1, 2, 4 bits over 0 ... 255
         values = values // (255 // (2 ** data[24] - 1))
     if coding == "red" and values.ndim == 3:
@@ -77,7 +79,7 @@ def _decode(path, data, flags=None):
     image = None
     with contextlib.suppress(Exception):  # cv2.error; Pillow raises a dozen types
         if flags is None:
-            image = np.array(Image.open(io.BytesIO(data)))
+            image = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
         else:
             image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     if image is None or min(image.shape[:2]) < 8:

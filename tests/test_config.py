@@ -135,6 +135,9 @@ def test_the_built_in_label_values():
     mapillary = label_values("mapillary", names)
     assert (mapillary[21], mapillary[47], mapillary[27]) == (12, 5, 10)  # rider, pole, sky
     assert (len(mapillary), sum(k != 255 for k in mapillary.values())) == (66, 25)
+    second = label_values("mapillary_v2", names)
+    assert (second[54], second[45], second[108], second[115]) == (0, 255, 13, 255)
+    assert (len(second), sum(k != 255 for k in second.values())) == (124, 57)
     two = dict.fromkeys([*range(19), 255], 255) | {10: 0, 0: 1}
     assert label_values("train_ids", ["sky", "road"]) == two
     assert label_values("index", ["a", "b"]) == {0: 0, 1: 1, 255: 255}

@@ -107,6 +107,7 @@ PLACES = {
     "bdd100k gtFine": ("images/val/{}.jpg", "gtFine/val/{}_train_id.png"),
     "mapillary": ("val/images/{}.jpg", "val/labels/{}.png"),
     "mapillary 1.2": ("val/images/{}.jpg", "val/v1.2/labels/{}.png"),
+    "mapillary_v2": ("val/images/{}.jpg", "val/v2.0/labels/{}.png"),
 }
 
 
@@ -159,13 +160,14 @@ def test_a_colour_of_no_class_is_ignored_and_many_are_warned_of(dataset, run, ca
     assert (code, err.count("of the labels' pixels are ignored")) == (0, 1)
 
 
-def turned(path, array, orientation, **options):
-    """Save an array so that EXIF's orientation turns it into what was given."""
+def turned(path, array, orientation, mode=None, **options):
+    """Save an array so that EXIF's orientation turns it into what was given; mode: Pillow's."""
     back = {3: 2, 6: 1, 8: 3}[orientation]  # quarter turns, counterclockwise
     exif = Image.Exif()
     exif[274] = orientation
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.ascontiguousarray(np.rot90(array, back))).save(path, exif=exif, **options)
+    image = Image.fromarray(np.ascontiguousarray(np.rot90(array, back))).convert(mode)
+    image.save(path, exif=exif, **options)
 
 
 @pytest.mark.parametrize("kind", ["jpg", "png"])
@@ -178,6 +180,9 @@ def test_an_image_is_turned_as_exif_says_to_its_labels_size(dataset, config, ori
     images = Images(config(), "source", labelled=True).check()
     assert np.abs(images.image(3).astype(int) - image).mean() < 2
     assert np.array_equal(images.label(3), as_classes(label))
+    for mode in ("L", "P"):  # a label that says so is turned, too
+        turned(dataset / f"game/labels/{name}.png", label, orientation, mode)
+        assert np.array_equal(images.check().label(3), as_classes(label))
     # a label that was never turned has the size of the file's pixels, which is not the image's
     if orientation != 3:
         save(dataset / f"game/labels/{name}.png", np.rot90(label))
