@@ -9,14 +9,17 @@ import torch.nn.functional as F
 from torch.utils.data import Subset
 
 from datasets import Images, Whole, loader
-from engine.config import UserError
+from engine.config import UserError, one_line
+from engine.folders import warn
+from engine.images import resize, write_image
 from engine.log import progress
-from engine.processes import sum_over_processes
+from engine.processes import rank, sum_over_processes
 from layouts import classes
 from losses import probability_labels
-from models import recalibrate_batchnorm
+from models import load_segmenter, recalibrate_batchnorm
 
 SCALES, COMPARED = (1.0, 0.5), 50  # of shared_information: scales, number of images
+KEPT, LOST = 0.9, 0.75  # of the IoU on the source; below: a translation, a class, is said to be bad
 
 
 class ConfusionMatrix:
@@ -104,6 +107,51 @@ def mutual_information(counts):
     apart = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
     terms = torch.where(joint > 0, joint * (joint / apart).log(), 0)
     return 100 * terms.sum().item() / math.log(len(counts))
+
+
+@torch.random.fork_rng([])  # what is trained afterwards begins as it would without
+def judge_translation(run, source, translated):
+    """Warn of translations G(x_s) in which a network of the source alone misses what it knew.
+
+    translated: function(i) that reads G(x_s), RGB uint8 (H, W, 3). Prints the share of the mIoU
+    that is kept; writes the pairs with the most, and with the median, of pixels that became wrong
+    to samples/. Without the run's source_only.pth nobody can be asked.
+    """
+    path = run.folder / "source_only.pth"
+    if not path.exists():
+        return
+    model = run.place(load_segmenter(path, run.cfg)[0])
+    names = classes(run.cfg)
+    some = np.unique(np.linspace(0, len(source) - 1, COMPARED, dtype=int)).tolist()
+    plain, view = source.unlabelled(), source.unlabelled()
+    view.image = translated
+    scores = []
+    wrong = dict.fromkeys(some, 0)  # share of pixels that become wrong
+    for images, sign in ((plain, -1), (view, 1)):
+        matrix = ConfusionMatrix(len(names), run.device)
+        whole = Subset(Whole(images, run.cfg.source.sizes[-1]), some)
+        for sample, prediction, _ in predictions(run, model, whole, (1.0,)):
+            i = sample["index"]
+            label = source.label(i)
+            prediction = resize(prediction.byte().cpu().numpy(), label.shape, labels=True)
+            wrong[i] += sign * ((prediction != label) & (label != 255)).mean()
+            matrix.update(*(torch.from_numpy(x).long().to(run.device) for x in (label, prediction)))
+        scores.append(matrix.scores(names, dataset="source"))
+    before, after = scores
+    if rank() == 0:
+        order = sorted(some, key=wrong.get)
+        for name, i in {"median": order[len(some) // 2], "worst": order[-1]}.items():
+            pair = np.hstack([plain.image(i), resize(translated(i), plain.image(i).shape[:2])])
+            write_image(run.folder / f"samples/translator/{name}_translation.png", pair)
+    kept = after["miou"] / max(before["miou"], 1e-6)
+    words = f"source_only.pth has {kept:.0%} of its mIoU on translated images"
+    if rank() == 0:
+        print(f"translator: {words}")
+    if kept < KEPT:
+        lost = [k for k, iou in before["iou"].items() if iou and after["iou"][k] < LOST * iou]
+        fault = f"{words}, which have lost content: {one_line(', '.join(lost))}"
+        remedy = "set another translation.method, or crdomix=false in warmup and selftrain"
+        warn(f"{fault}; look at {run.folder / 'samples/translator'}, then {remedy}")
 
 
 def finish(run, crops, **networks):

@@ -3,8 +3,11 @@
 python translate_cyclegan.py --cfg config.yaml
 
 A CycleGAN (Zhu et al., ICCV 2017) whose loss keeps borders of classes, so that labels stay valid.
+Or, without training, the colours or the low frequencies of target images: see translation.method.
 """
 
+import cv2
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -13,12 +16,13 @@ from torch.utils.data import StackDataset, Subset
 from datasets import Crops, Images, Whole, loader, translated_images
 from engine.command import arguments, command
 from engine.files import load_tensors
-from engine.images import image_writer
+from engine.images import image_writer, resize
 from engine.log import progress
 from engine.loop import Run, micro_batch_size
 from engine.processes import all_gather_rows, decided_by_first, rank, world
 from layouts import classes
 from losses import semantic_edge_loss
+from metrics import judge_translation
 from models import load_exactly
 from settings import load_config
 
@@ -33,18 +37,23 @@ def main():
     # what the networks of later stages need for their memory, CycleGAN's batch of 1 cannot do
     cfg.accumulate = min(cfg.accumulate, sum(cfg.translation.batch))
     run = Run(cfg, "translator", "translation")
-    source = Images(cfg, "source", labelled=cfg.translation.images is None)
+    source = Images(cfg, "source", labelled=True)
     if cfg.translation.images:
-        translated_images(cfg, source)
-        print(f"translator: {len(source)} translated images are in {cfg.translation.images}")
-        return
-    target = Images(cfg, "target", labelled=False)
-    if not run.is_finished(args.force, [source, target]):
-        train(run, source.check(), target.check())
-    generator = Generator(cfg.translation.filters, cfg.translation.blocks)
-    load_exactly(generator, load_tensors(run.result).get("generator", {}), run.result)
-    made = run.result.stat().st_mtime
-    write(run, run.place(generator), source, run.folder / "translated", made)
+        folder = cfg.translation.images
+    else:
+        target = Images(cfg, "target", labelled=False)
+        if not run.is_finished(args.force, [source, target]):
+            source.check()
+            target.check()
+            if cfg.translation.method == "cyclegan":
+                train(run, source, target)
+            else:
+                run.save(run.result, 0, {})
+        folder = run.folder / "translated"
+        write(run, translator(run, target), source, folder)
+    translated = translated_images(cfg, source)
+    print(f"translator: {len(source)} translated images are in {folder}")
+    judge_translation(run, source, translated)
 
 
 def train(run, source, target):
@@ -124,14 +133,72 @@ def train(run, source, target):
     run.finish(generator=state["generator"])
 
 
-@torch.no_grad()
-def write(run, generator, source, folder, made):
+def translator(run, target):
+    """Return the function that maps a Whole's sample to G(x_s), uint8 (H, W, 3), by the method."""
+    options = run.cfg.translation
+    if options.method != "cyclegan":
+        transfer = {"colour": transfer_colours, "fourier": transfer_frequencies}[options.method]
+
+        def translate(sample):
+            rng = np.random.default_rng([run.cfg.seed, sample["index"]])
+            return transfer(sample["image"].numpy(), target.image(rng.integers(len(target))))
+
+        return translate
+    generator = Generator(options.filters, options.blocks)
+    load_exactly(generator, load_tensors(run.result).get("generator", {}), run.result)
+    run.place(generator)
+
+    @torch.no_grad()
+    def generate(sample):
+        height, width = sample["shape"]
+        image = run.fetch(sample["image"][None])
+        image = F.pad(image, (0, -width % 4, 0, -height % 4), mode="reflect")
+        with run.autocast():
+            image = generator(image)
+        image = image[0, :, :height, :width].mul(255).round().byte().permute(1, 2, 0)
+        return image.cpu().numpy()
+
+    return generate
+
+
+def transfer_colours(image, target):
+    """Return the image with mean and deviation of the target's L, a and b (Reinhard et al., 2001).
+
+    Both RGB uint8 (H, W, 3), of any sizes.
+    """
+    target = resize(target, image.shape[:2])
+    lab, wanted = (cv2.cvtColor(np.float32(x) / 255, cv2.COLOR_RGB2LAB) for x in (image, target))
+    mean, deviation = (x.reshape(3) for x in cv2.meanStdDev(lab))
+    wanted_mean, wanted_deviation = (x.reshape(3) for x in cv2.meanStdDev(wanted))
+    lab = (lab - mean) * (wanted_deviation / np.maximum(deviation, 1e-3)) + wanted_mean
+    rgb = cv2.cvtColor(np.float32(lab), cv2.COLOR_LAB2RGB)
+    return np.uint8(np.rint(255 * rgb.clip(0, 1)))
+
+
+def transfer_frequencies(image, target, beta=0.01):
+    """Return the image with the target's low-frequency amplitudes (FDA; Yang, Soatto, CVPR 2020).
+
+    Both RGB uint8 (H, W, 3), of any sizes. beta: share of the frequencies, of the shorter side.
+    """
+    height, width = image.shape[:2]
+    target = resize(target, (height, width))
+    own, wanted = (np.fft.rfft2(np.float32(x), axes=(0, 1)) for x in (image, target))
+    n = int(beta * min(height, width))
+    for rows in (slice(n + 1), slice(height - n, height)):
+        low = own[rows, : n + 1]
+        low *= np.abs(wanted[rows, : n + 1]) / np.maximum(np.abs(low), 1e-6)
+    image = np.fft.irfft2(own, (height, width), axes=(0, 1))
+    return np.uint8(np.rint(image.clip(0, 255)))
+
+
+def write(run, translate, source, folder):
     """Write the translation of every source image to NAME.jpg in `folder`, of the same size.
 
-    Images that were written after the time `made` and after their own image are left alone.
+    Images that were written after the stage's result and after their own image are left alone.
     """
     # JPEG takes a third of a PNG's space and of its decoding, which is most of a sample's time
     paths = [(folder / name).with_suffix(".jpg") for name in source.names]
+    made = run.result.stat().st_mtime
 
     def is_old(i):
         newest = max(made, (source.folder / source.names[i]).stat().st_mtime)
@@ -139,17 +206,10 @@ def write(run, generator, source, folder, made):
 
     # before another process writes one of them
     todo = decided_by_first(lambda: [i for i in range(len(source)) if is_old(i)])
-    images = loader(run, Subset(Whole(source), todo))
+    images = loader(run, Subset(Whole(source.unlabelled()), todo))
     with image_writer() as write_image:
         for sample in progress(images, desc="translated", unit="img"):
-            image = run.fetch(sample["image"][None])
-            height, width = sample["shape"]
-            image = F.pad(image, (0, -width % 4, 0, -height % 4), mode="reflect")
-            with run.autocast():
-                image = generator(image)
-            image = image[0, :, :height, :width].mul(255).round().byte().permute(1, 2, 0)
-            write_image(paths[sample["index"]], image.cpu().numpy())
-    print(f"{run.stage}: {len(paths)} translated images are in {folder}")
+            write_image(paths[sample["index"]], translate(sample))
 
 
 def least_squares(scores, wanted):

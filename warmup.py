@@ -14,7 +14,7 @@ from engine.files import find
 from engine.loop import Run, micro_batch_size
 from layouts import classes
 from losses import ohem_loss, supervised_loss, symmetric_distillation
-from metrics import finish
+from metrics import finish, judge_translation
 from settings import load_config
 
 
@@ -34,7 +34,10 @@ def main():
     if init:
         inputs.append(init)
     if not run.is_finished(args.force, inputs):
-        train(run, init, source.check())
+        source.check()
+        if cfg.warmup.crdomix:
+            judge_translation(run, source, translated_images(cfg, source))
+        train(run, init, source)
 
 
 def train(run, init, source):

@@ -191,6 +191,34 @@ def test_images_that_were_translated_elsewhere(finished, run):
     refused(run("warmup", "name=third", "translation.images=elsewhere"), "00003.png")
 
 
+def test_translations_are_judged_by_a_network_of_the_source(dataset, run):
+    """Against evaluate.py's score on the translated files; spoiled ones are named."""
+    fast = ("optimizer.name=adamw", "optimizer.lr_backbone=1e-3", "optimizer.lr_head=1e-2")
+    for i in range(6):  # content alone tells the classes apart, not the place
+        image, label = (np.roll(x, 8 * i, 0) for x in picture(i))
+        save(dataset / f"game/images/{i:05d}.png", image)
+        save(dataset / f"game/labels/{i:05d}.png", label)
+    ok(run(*SOURCE_ONLY, "warmup.steps=30", "model.network=resnet18", *fast))
+    folder = Path("runs/test/translated")
+    for method in ("colour", "fourier"):
+        out = ok(run("translate_cyclegan", f"translation.method={method}", "--force"))
+        before = files(folder)
+        assert "is finished" in ok(run("translate_cyclegan", f"translation.method={method}"))
+        assert files(folder) == before
+        scores = []
+        for images in ("game/images/*", f"{folder}/*"):
+            layout = f"val.layout={{images: '{images}', labels: 'game/labels/*'}}"
+            ok(run("evaluate", layout, "val.root=.", "val.split=null"))
+            results = json.loads(Path("runs/test/results.json").read_text())
+            scores.append(results["source_only"]["miou"])
+        assert scores[0] > 40
+        assert f"source_only.pth has {scores[1] / scores[0]:.0%} of its mIoU on translated" in out
+    for path in folder.glob("*.jpg"):
+        save(path, read_image(path)[::-1])
+    _, _, err = run("warmup", "translation.method=fourier")
+    assert "have lost content: road" in err
+
+
 def test_images_without_labels_one_of_which_is_damaged(finished, run, config):
     """A folder: what can be read is segmented, with its confidence. One picture: its mask alone."""
     sizes = {"a": (60, 90), "trip/b": (140, 210)}
