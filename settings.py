@@ -9,7 +9,8 @@ from layouts import CITYSCAPES, LAYOUTS, NAMED_IDS, classes
 
 DEFAULTS = Path(__file__).parent / "config.yaml"
 STAGES = ("demo_data", "translate", "source_only", "warmup", "selftrain", "oracle")
-NETWORKS = ("deeplab_v2_resnet101", "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2")
+NETWORKS = ("deeplab_v2_resnet101", "resnet18", "resnet34", "resnet50", "resnet101")
+NETWORKS += ("mobilenet_v2", "small")
 OWN_NETWORKS = {}  # name -> function, of models.register
 
 

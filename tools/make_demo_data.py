@@ -26,8 +26,8 @@ from engine.images import write_image
 from layouts import CITYSCAPES
 from settings import load_config
 
-HEIGHT, WIDTH, OVERSAMPLING = 192, 384, 2
-SPLITS = {"game": 300, "train": 200, "val": 50}
+HEIGHT, WIDTH, OVERSAMPLING = 128, 256, 2
+SPLITS = {"game": 150, "train": 100, "val": 40}
 # RGB in [0, 1]. An object takes one of its class's colours, with a small random deviation.
 GAME = {
     "road": [(0.36, 0.36, 0.38)], "sidewalk": [(0.62, 0.58, 0.54), (0.66, 0.63, 0.60)],
@@ -35,17 +35,15 @@ GAME = {
     "pole": [(0.30, 0.32, 0.34), (0.16, 0.17, 0.19)], "sky": [(0.35, 0.60, 0.95)],
     "vegetation": [(0.22, 0.55, 0.15), (0.35, 0.62, 0.18), (0.16, 0.44, 0.16)],
     "person": [(0.85, 0.20, 0.20), (0.20, 0.35, 0.80), (0.90, 0.80, 0.25), (0.55, 0.25, 0.60)],
-    "car": [(0.85, 0.10, 0.10), (0.10, 0.25, 0.75), (0.95, 0.80, 0.10), (0.90, 0.90, 0.92),
-            (0.10, 0.55, 0.35)],
+    "car": [(0.85, 0.10, 0.10), (0.10, 0.25, 0.75), (0.95, 0.80, 0.10), (0.90, 0.90, 0.92)],
 }  # fmt: skip
 CAMERA = {
     "road": [(0.37, 0.36, 0.34)], "sidewalk": [(0.56, 0.53, 0.50), (0.51, 0.47, 0.44)],
     "building": [(0.60, 0.54, 0.47), (0.70, 0.67, 0.61), (0.50, 0.40, 0.35), (0.56, 0.56, 0.55)],
     "pole": [(0.13, 0.14, 0.13), (0.18, 0.17, 0.15)], "sky": [(0.86, 0.87, 0.86)],
     "vegetation": [(0.23, 0.31, 0.14), (0.29, 0.34, 0.17), (0.17, 0.25, 0.12)],
-    "person": [(0.16, 0.16, 0.18), (0.30, 0.24, 0.22), (0.22, 0.26, 0.34), (0.45, 0.42, 0.40)],
-    "car": [(0.12, 0.12, 0.13), (0.55, 0.56, 0.57), (0.30, 0.31, 0.33), (0.20, 0.24, 0.32),
-            (0.42, 0.14, 0.13)],
+    "person": [(0.48, 0.18, 0.16), (0.18, 0.25, 0.45), (0.50, 0.44, 0.20), (0.36, 0.22, 0.36)],
+    "car": [(0.12, 0.12, 0.13), (0.55, 0.56, 0.57), (0.30, 0.31, 0.33), (0.42, 0.14, 0.13)],
 }  # fmt: skip
 # Cityscapes' ids
 LABEL = {name: CITYSCAPES[name][1] for name in GAME}
@@ -118,8 +116,8 @@ def draw_ground(scene):
     below = rows > scene.horizon + 0.5
     z = np.where(below, scene.focal * scene.eye / np.maximum(rows - scene.horizon, 0.5), 1000)
     x = (columns - scene.centre) * z / scene.focal
-    left, right = -rng.uniform(2.2, 5.5), rng.uniform(2.2, 5.5)
-    walk_left, walk_right = left - rng.uniform(2, 4.5), right + rng.uniform(2, 4.5)
+    left, right = -rng.uniform(2.2, 4.5), rng.uniform(2.2, 4.5)
+    walk_left, walk_right = left - rng.uniform(3, 6), right + rng.uniform(3, 6)
     for name, inside in (
         ("vegetation" if rng.random() < 0.5 else "sidewalk", below),
         ("sidewalk", below & (x > walk_left) & (x < walk_right)),
@@ -132,10 +130,6 @@ def draw_ground(scene):
     u, v = (x * 12) % 256, (z * 6) % 256
     grain = cv2.remap(grain, u, v, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
     scene.colour[below] *= 1 + 0.05 * grain[below][:, None]
-    joints = ((x % 1.5) < 0.08) | ((z % 1.5) < 0.1)
-    scene.colour[below & (scene.label == LABEL["sidewalk"]) & joints & (z < 25)] *= 0.85
-    kerb = below & ((np.abs(x - left) < 0.12) | (np.abs(x - right) < 0.12))
-    scene.colour[kerb] *= 1.2
     if rng.random() < 0.8:
         lane = rng.uniform(left, right) * 0.3
         mark = below & (np.abs(x - lane) < 0.08) & ((z + rng.uniform(0, 6)) % 6 < 3)
@@ -146,8 +140,7 @@ def draw_ground(scene):
 def draw_building(scene, x, z0, z1, height, outward):
     """Draw a box whose facade stands at X = x. outward: -1 on the left side, 1 on the right."""
     rng, colour = scene.rng, scene.tint("building")
-    window = colour * rng.uniform(0.35, 0.7) if rng.random() < 0.8 else colour * 1.25
-    light = rng.uniform(0.7, 1.0)
+    window, light = colour * rng.uniform(0.35, 0.7), rng.uniform(0.7, 1.0)
     scene.front((x, x + outward * 14), (0, height), z0, colour * light, "building")
     scene.side(x, (0, height), (z0, z1), colour, "building")
     storey, bay = rng.uniform(2.6, 3.6), rng.uniform(1.8, 3.2)
@@ -169,17 +162,9 @@ def draw_tree(scene, x, z):
         scene.disc(x + dx, height + dy, z, radius, shade, "vegetation", stretch)
 
 
-def draw_bush(scene, x, z):
-    rng, colour = scene.rng, scene.tint("vegetation")
-    for _ in range(8):
-        dx, shade = rng.normal(0, 0.7), colour * rng.uniform(0.75, 1.2)
-        y, radius = rng.uniform(0.2, 0.7), rng.uniform(0.3, 0.6)
-        scene.disc(x + dx, y, z, radius, shade, "vegetation")
-
-
 def draw_pole(scene, x, z):
     rng, colour, height = scene.rng, scene.tint("pole"), scene.rng.uniform(3.5, 7)
-    r = rng.uniform(0.14, 0.24)
+    r = rng.uniform(0.18, 0.28)
     scene.front((x - r, x + r), (0, height), z, colour, "pole")
     reach = -np.sign(x) * rng.uniform(0.6, 1.5)
     scene.front((x, x + reach), (height - 2 * r, height), z, colour, "pole")
@@ -192,9 +177,9 @@ def draw_person(scene, x, z):
     stride = rng.uniform(0.05, 0.3)
     for side in (-1, 1):
         foot, hip, top = x + side * stride, x + 0.16 * side, 0.9 * size
-        leg = [(foot - 0.1, 0, z), (foot + 0.1, 0, z), (hip + 0.1, top, z), (hip - 0.1, top, z)]
+        leg = [(foot - 0.12, 0, z), (foot + 0.12, 0, z), (hip + 0.12, top, z), (hip - 0.12, top, z)]
         scene.quad(leg, legs, "person")
-    scene.disc(x, 1.15 * size, z, 0.27 * size, coat, "person", 1.35)
+    scene.disc(x, 1.15 * size, z, 0.3 * size, coat, "person", 1.35)
     scene.disc(x, 1.62 * size, z, 0.13 * size, skin, "person", 1.25)
 
 
@@ -215,7 +200,7 @@ def draw_car(scene, x, z):
     top = [(b_roof, roof, z + 0.3), (a_roof, roof, z + 0.3)]
     scene.quad([(a, waist, z), (b, waist, z), *top], glass, "car")
     scene.front((a_roof, b_roof), (roof - 0.08, roof), z, colour * 1.1, "car")
-    lamp = np.array([0.75, 0.08, 0.06]) if rng.random() < 0.6 else np.array([0.95, 0.93, 0.80])
+    lamp = np.array([0.75, 0.08, 0.06])
     for side in (-1, 1):
         scene.disc(x + side * 0.7, 0.28, z, 0.28, dark, "car")
         scene.disc(x + side * 0.7, waist - 0.15, z - 0.01, 0.11, lamp, None)
@@ -243,9 +228,8 @@ def side_of_street(rng, side, kerb, edge):
     poles = np.arange(rng.uniform(4.5, 9), 24, rng.uniform(6, 9))
     objects += [(z, draw_pole, (kerb + side * 0.5, z)) for z in poles]
     for draw, distances, counts, x in (
-        (draw_tree, (6, 60), (0, 4), lambda: kerb + side * 1.2),
-        (draw_bush, (4, 40), (0, 4), lambda: edge + side * rng.uniform(-0.4, 0.6)),
-        (draw_person, (5, 14), (3, 8), lambda: rng.uniform(*sorted((kerb, edge)))),
+        (draw_tree, (6, 40), (1, 5), lambda: kerb + side * 1.2),
+        (draw_person, (4, 12), (3, 8), lambda: rng.uniform(*sorted((kerb, edge)))),
         (draw_car, (5, 30), (1, 4), lambda: kerb - side * rng.uniform(1.1, 1.5)),
     ):
         objects += scatter(rng, draw, distances, counts, x)
@@ -259,7 +243,7 @@ def draw_world(rng, palette):
     scene.label[:] = LABEL["sky"]
     left, right, walk_left, walk_right = draw_ground(scene)
     objects = side_of_street(rng, -1, left, walk_left) + side_of_street(rng, 1, right, walk_right)
-    objects += scatter(rng, draw_person, (5, 13), (0, 4), lambda: rng.uniform(left, right))
+    objects += scatter(rng, draw_person, (4, 12), (0, 4), lambda: rng.uniform(left, right))
     objects += scatter(rng, draw_car, (9, 40), (0, 3), lambda: rng.uniform(left, right) * 0.4)
     for _, draw, where in sorted(objects, key=lambda placed: -placed[0]):
         draw(scene, *where)
@@ -299,7 +283,7 @@ def as_camera(scene, rng):
     image = image + haze * 0.9 * (np.array([0.74, 0.75, 0.74]) - image)
     light = np.linspace(rng.uniform(0.8, 1.1), rng.uniform(0.8, 1.1), shape[1])[None, :, None]
     image = shrink((image * light).astype(np.float32))
-    image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.5, 0.9))
+    image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, 0.6))
     y, x = np.mgrid[-1 : 1 : HEIGHT * 1j, -1 : 1 : WIDTH * 1j]
     image *= (1 - rng.uniform(0.15, 0.35) * (x**2 + y**2) / 2)[..., None]
     image *= np.array([0.97, 1.02, 0.93]) * rng.uniform(0.7, 0.95)
