@@ -1,18 +1,19 @@
 """Find images and their labels in a folder, by their names and by what the pictures look like."""
 
+import contextlib
 import functools
 import itertools
 import re
 from collections import defaultdict
-from posixpath import commonpath, dirname, normpath, splitext
+from posixpath import commonpath, dirname, splitext
 
 import numpy as np
 from PIL import Image
 
 from datasets import CODE
-from engine.config import UserError, one_line
+from engine.config import Config, UserError, one_line
 from engine.folders import list_images
-from layouts import LAYOUTS, match
+from layouts import LAYOUTS, find_pairs
 
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 # a word that begins a name, as in rgb_0001 or rgb0001, and one that ends it, as in 0001_rgb
@@ -24,8 +25,9 @@ OTHER = re.compile("viz|overlay|blend|depth|normal|flow|inst", re.IGNORECASE)
 def find_splits(root, labelled=False):
     """Return the splits of the images below `root`, all in one layout. Raises UserError.
 
-    A split is a dict: layout, a name or {images, labels}, two patterns; root; split; images, names
-    relative to root; pairs, image -> its label. With `labelled`, one split at least has pairs.
+    A split is a dict: layout, root, split and list, as in a configuration; folder, below which the
+    images are; images, their paths; pairs, image -> its label. With `labelled`, one split at least
+    has pairs.
     """
     look.cache_clear()
     if root.name == "images" and (root.parent / "labels").is_dir():
@@ -34,7 +36,7 @@ def find_splits(root, labelled=False):
     if not files:
         raise UserError(f"{root}: no images were found; see docs/own_data.md for the layouts")
     groups = groups_of(files)
-    photos = [names for names in groups if not are_labels(root, groups[names].values())]
+    photos = [x for x in groups if looks(root / name for name in groups[x].values())[0] <= 0.5]
     found = [splits_in(root, files, pair) for pair in dict.fromkeys(guesses(groups, photos))]
     found = [splits for splits in found if is_labelled(splits)]
     if found:
@@ -48,42 +50,35 @@ def find_splits(root, labelled=False):
         fault = "holds pictures of few colours, as labels are"
         raise UserError(f"{root}: {fault}; give the folder of the photos alone")
     root = root / commonpath(map(dirname, files))
-    files = list_images(root)  # raises UserError where names differ in their extension only
-    return splits_in(root, files, LAYOUTS["flat"][0])
+    return splits_in(root, list_images(root), LAYOUTS["flat"][0], labelled=False)
 
 
-def splits_in(root, files, pair):
-    """Return the splits that have images that fit a pair of patterns.
-
-    Files that differ in their extension only, which the core refuses, are in none.
-    """
-    name_of = {pairs[0]: name for name, pairs in LAYOUTS.items()}
-    layout = name_of.get(pair) or {"images": pair[0], "labels": pair[1]}
-    found, names = [], [None] if pair[0].find("{split}") < pair[0].find("*") else []
+def splits_in(root, files, pair, labelled=True):
+    """Return the splits of a pair of patterns that have images, as layouts.find_pairs has them."""
+    names, found = [None] if pair[0].find("{split}") < pair[0].find("*") else [], []
     if "{split}" in pair[0]:
         parts = {part for name in files for part in dirname(name).split("/")}
         names += sorted(part for part in parts if part.lower() in SPLITS) or ["*"]
+    layout = {pairs[0]: name for name, pairs in LAYOUTS.items()}.get(pair)
+    layout = layout or {"images": pair[0], "labels": pair[1]}
     for split in names:
-        patterns = [normpath(x.replace("{split}", split or ".")) for x in pair]
-        images, labels = (match(files, pattern) for pattern in patterns)
-        if len(patterns[1]) > len(patterns[0]):  # as in layouts.find_pairs
-            images = {name: texts for name, texts in images.items() if name not in labels}
-        if any(len({splitext(x)[0] for x in fits}) < len(fits) for fits in (images, labels)):
-            continue
-        label_of = {texts: name for name, texts in labels.items()}
-        pairs = {x: label_of[y] for x, y in images.items() if label_of.get(y, x) != x}
-        one = {"layout": layout, "root": root, "split": split}
-        found += [one | {"images": list(images), "pairs": pairs}] if images else []
+        spec = Config(layout=layout, root=root, split=split, list=None, ids=None)
+        with contextlib.suppress(UserError):  # no images, or two of one name
+            folder, label_of = find_pairs(spec, "", labelled)
+            images = [folder / name for name in label_of]
+            pairs = zip(images, label_of.values(), strict=True)
+            pairs = {image: label for image, label in pairs if labelled and label}
+            found.append(spec | {"folder": folder, "images": images, "pairs": pairs})
     return found
 
 
 # ---------------------------------------------------------------- what the pictures look like
 
 
-def some(names, count):
-    """Return at most `count` of the names, evenly spaced."""
-    names = list(names)
-    return names[:: (len(names) - 1) // count + 1 or 1]
+def some(paths, count):
+    """Return at most `count` of the paths, evenly spaced."""
+    paths = list(paths)
+    return paths[:: (len(paths) - 1) // count + 1 or 1]
 
 
 @functools.cache
@@ -101,25 +96,23 @@ def look(path):
     return is_label and not is_jpeg, colours, channels
 
 
-def are_labels(root, names):
-    """Return whether most of the pictures look like labels, judged by some."""
-    looks = [look(root / name)[0] for name in some(names, 6)]
-    return sum(looks) > len(looks) / 2
+def looks(paths):
+    """Return the medians of `look` over some of the paths: a label if above 0.5, and so on."""
+    return np.median([look(path) for path in some(paths, 6)], axis=0)
 
 
 def is_labelled(splits):
     """Return whether the labels of a split look like labels, and its images do not."""
-    kinds = [[are_labels(x["root"], y) for y in (x["pairs"], x["pairs"].values())] for x in splits]
-    return [False, True] in kinds
+    pairs = [x["pairs"] for x in splits if x["pairs"]]
+    return any(looks(x.values())[0] > 0.5 >= looks(x)[0] for x in pairs)
 
 
 def rank(splits):
     """Return the key that orders pairs of patterns, the best at the end."""
     x = max(splits, key=lambda x: len(x["pairs"]))
-    names = next(iter(x["pairs"].items()))
+    names = [str(path.relative_to(x["root"])) for path in next(iter(x["pairs"].items()))]
     is_other = any(map(OTHER.search, names))
-    looks = [look(x["root"] / label) for label in some(x["pairs"].values(), 6)]
-    _, colours, channels = np.median(looks, axis=0)  # few: of classes; one channel: values
+    _, colours, channels = looks(x["pairs"].values())  # few: of classes; one channel: values
     length = sum(len(name.rpartition("/")[2]) for name in names)
     return sum(len(x["pairs"]) for x in splits), not is_other, -colours, -channels, -length
 

@@ -30,7 +30,7 @@ from engine.images import paint, read_image, read_label, resize, threads, write_
 from engine.log import progress
 from layouts import classes, label_values
 from settings import load_config
-from tools.find_layout import find_splits, look, some
+from tools.find_layout import find_splits, looks, some
 from tools.templates import render
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,38 +71,31 @@ def write_config(source, target, path):
     if path.exists():
         raise UserError(f"{path}: exists already; remove it, or choose another name with --out")
     found = choose(find_splits(source, labelled=True), find_splits(target))
-    values = meaning(found)
-    used = {domain: x for domain, x in found.items() if x}
+    values = meaning(found) | {"sizes": {x: training_sizes(found[x]) for x in ("source", "target")}}
     name = re.sub(r"[^\w.-]+", "_", path.stem).strip("._-") or "my"
-    if not found["val"]:
-        print("val: nothing with labels")
-    for domain, x in used.items():
+    for domain, x in found.items():
+        if not x:
+            print(f"{domain}: nothing with labels")
+            continue
         what = f"{len(x['images'])} images, {len(x['pairs'])} labels, in {x['root']}"
         print(f"{domain}: {what}, layout {x['layout']}, split {x['split']}")
-        some_lack = domain != "target" and len(x["pairs"]) < len(x["images"])
-        x["list"] = path.with_name(f"{name}_{domain}.txt") if some_lack else None
-    sizes = {domain: training_sizes(found[domain]) for domain in ("source", "target")}
-    smallest = np.minimum(sizes["source"][0], sizes["target"][0])
-    own, here = shlex.quote(str(path)), "" if Path.cwd() == ROOT else f"{ROOT}/"
+        if domain != "target" and len(x["pairs"]) < len(x["images"]):
+            x["list"] = path.with_name(f"{name}_{domain}.txt")
+            names = (image.relative_to(x["folder"]).as_posix() for image in x["pairs"])
+            write_text(x["list"], "\n".join([*names, ""]))
+    smallest = np.minimum(*(low for low, _ in values["sizes"].values()))
+    here = "" if Path.cwd() == ROOT else f"{ROOT}/"
     values |= {
         "name": name,
-        "check": f"python {shlex.quote(f'{here}tools/own_data.py')} --check --cfg {own}",
-        "run": f"bash {shlex.quote(f'{here}run_all.sh')} {own}",
+        "check": shlex.join(["python", f"{here}tools/own_data.py", "--check", "--cfg", str(path)]),
+        "run": shlex.join(["bash", f"{here}run_all.sh", str(path)]),
         "base": os.path.relpath(ROOT / "config.yaml", path.parent.resolve()),
         "gpu": torch.cuda.is_available(),
-        "sizes": sizes,
         "crop": (smallest * 5 // 6 // 16 * 16).tolist(),
         "translation_crop": np.maximum(smallest // 2 // 4 * 4, 32).tolist(),
     }
     render(path, "own_data.yaml.jinja", **found, **values)
-    try:
-        load_config(path)
-    except UserError:
-        path.unlink()
-        raise
-    for x in used.values():
-        if x["list"]:
-            write_text(x["list"], "".join(f"{image}\n" for image in x["pairs"]))
+    load_config(path)
     print(f"{path}: written, name: {name}; read it through, then {values['check']}")
 
 
@@ -119,17 +112,12 @@ def choose(sources, targets):
     return {"source": source, "target": target, "val": val}
 
 
-def sample(x, names):
-    """Return the paths of some of a split's files."""
-    return [x["root"] / name for name in some(names, SAMPLED)]
-
-
 def training_sizes(x):
     """Return two [height, width], low and full: the median of a split's images, at most LARGEST.
 
     If there are landscape and portrait images, those of the more frequent shape count.
     """
-    sizes = np.array([read_image(path).shape[:2] for path in sample(x, x["images"])])
+    sizes = np.array([read_image(path).shape[:2] for path in some(x["images"], SAMPLED)])
     landscape = sizes[:, 1] >= sizes[:, 0]
     size = np.median(sizes[landscape == (landscape.mean() >= 0.5)], axis=0)
     if size.min() < 40:  # a translation's crop is 32, of the low size
@@ -141,10 +129,8 @@ def training_sizes(x):
 
 def coding_of(x):
     """Return how most labels of a split are coded: values, red or colours."""
-    channels = np.median([look(path)[2] for path in sample(x, x["pairs"].values())])
-    if x["layout"] == "synthia":
-        return "red"
-    return "colours" if channels > 2 else "values"
+    coding = "colours" if looks(x["pairs"].values())[2] > 2 else "values"
+    return "red" if x["layout"] == "synthia" else coding
 
 
 def meaning(found):
@@ -158,7 +144,7 @@ def meaning(found):
         found["val"] = None
     pixels, colours = Counter(), {}  # of each value or colour; a palette's colours
     for x in filter(None, (source, found["val"])):
-        for path in sample(x, x["pairs"].values()):
+        for path in some(x["pairs"].values(), SAMPLED):
             values = read_label(path, coding)
             of_file = tally(values)
             pixels.update(of_file)
@@ -168,7 +154,7 @@ def meaning(found):
     shares = {code: pixels[code] / pixels.total() for code in sorted(pixels)}
     by_colour = coding == "colours"
     if len(shares) < 2 or (len(shares) > 255 and not by_colour):
-        path, fault = sample(source, source["pairs"].values())[0], f"{len(shares)} values"
+        path, fault = next(iter(source["pairs"].values())), f"{len(shares)} values"
         remedy = "a label holds the number of a class in every pixel"
         raise UserError(f"{path}: this label and the others hold {fault}; {remedy}")
     if by_colour:
@@ -176,10 +162,11 @@ def meaning(found):
     else:
         names = {value: f"class_{value}" for value in shares}
         if 255 in shares:
-            names[255] = names[255] if is_class_255(shares) else None
-            taken = "a class" if names[255] else "ignored"
+            names[255] = "class_255" if is_class_255(shares) else None
+            taken = names[255] or "ignored"
             print(f"value 255, {shares[255]:.1%} of the pixels, is taken as {taken}; see ids")
-        if all(len(set(colour)) == 1 for colour in colours.values()):  # gray, without a palette
+        painted = {*map(tuple, colours.values())}
+        if len(painted) < len(colours) or all(len({*x}) == 1 for x in painted):  # no palette
             colours = {value: distinct_colour(k) for k, value in enumerate(names)}
     entries = [(in_words(x, coding), shares[x], names[x], colours.get(x)) for x in names]
     first = ", ".join(f"{key} ({share:.1%})" for key, share, *_ in entries[:NAMED])
@@ -188,11 +175,8 @@ def meaning(found):
 
 
 def tally(values):
-    """Return value -> pixels of a label's values (H, W), or of its colours (H, W, 3) as codes."""
-    codes = (values if values.ndim == 2 else values @ CODE).ravel()
-    starts = np.append(0, np.flatnonzero(codes[1:] != codes[:-1]) + 1)  # few: labels are flat
-    found, where = np.unique(codes[starts], return_inverse=True)
-    pixels = np.bincount(where, np.diff(np.append(starts, codes.size))).astype(int)
+    """Return value, or code of a colour -> pixels, of the values of a label."""
+    found, pixels = np.unique(values, return_counts=True)
     return dict(zip(found.tolist(), pixels.tolist(), strict=True))
 
 
@@ -224,18 +208,16 @@ def check(cfg, domain, images):
     Returns the label values without a class, in words. Raises UserError for a file that cannot be
     trained on.
     """
-    sizes, pixels, unknown = Counter(), np.zeros(256, np.int64), {}
     known = label_values(images.spec.ids, images.classes)
     known = {np.dot(x, CODE) if isinstance(x, tuple) else x for x in known}
     images.table[images.table == NO_CLASS] = IGNORED  # all are named below, not the first one
+    sizes, pixels, first = Counter(), Counter(), {}  # pixels of each code; the first label with it
     with progress(total=len(images), desc=domain) as bar:
         found = threads.map(lambda i: read(images, i), range(len(images)))
-        for i, (size, codes, counts) in enumerate(found):
+        for path, (size, codes) in zip(images.label_paths, found, strict=True):
             sizes[size] += 1
-            pixels += counts
-            for code in codes.keys() - known:
-                count, first = unknown.get(code, (0, images.label_paths[i]))
-                unknown[code] = count + codes[code], first
+            first |= dict.fromkeys(codes.keys() - pixels.keys(), path)
+            pixels.update(codes)
             bar.update()
     words = "" if images.labelled else ", labels not read"
     print(f"{domain}: {len(images)} images in {images.folder}{words}")
@@ -243,12 +225,14 @@ def check(cfg, domain, images):
     print("  sizes: " + ", ".join(f"{n} of {w}x{h}" for (h, w), n in sizes.most_common(5)))
     if images.labelled:
         names = [*classes(cfg), "ignored"]
-        counts = np.append(pixels[: len(names) - 1], pixels[IGNORED])
-        shares = zip(names, 100 * counts / pixels.sum(), strict=True)
+        counts = np.bincount(images.table[[*pixels]], [*pixels.values()], 256)
+        counts = np.append(counts[: len(names) - 1], counts[IGNORED])
+        shares = zip(names, 100 * counts / pixels.total(), strict=True)
         print("  classes: " + ", ".join(f"{name} {share:.2f}%" for name, share in shares))
     kind = "colour" if images.coding == "colours" else "value"
-    for code, (count, first) in sorted(unknown.items(), key=lambda x: -x[1][0])[:NAMED]:
-        share = f"{count / pixels.sum():.2%} of the pixels, first in {first}"
+    unknown = [code for code, _ in pixels.most_common() if code not in known]
+    for code in unknown[:NAMED]:
+        share = f"{pixels[code] / pixels.total():.2%} of the pixels, first in {first[code]}"
         print(f"  unknown {kind} {in_words(code, images.coding)}: {share}")
     images.check()
     path = Path(cfg.output) / cfg.name / f"contact_sheet_{domain}.png"
@@ -269,7 +253,7 @@ def left_out(images):
 
 
 def read(images, i):
-    """Return image i's (H, W), its label's codes -> pixels, and its label's pixels of each class.
+    """Return image i's (H, W), and its label's codes -> pixels.
 
     Pillow reads the files as well: what OpenCV guesses in a damaged one, it refuses.
     """
@@ -284,11 +268,7 @@ def read(images, i):
             fault = f"is damaged inside ({one_line(error)})"
             raise UserError(f"{path}: {fault}; restore the file or remove it") from error
     size = images.image(i).shape[:2]
-    if not images.labelled:
-        return size, {}, np.zeros(256, int)
-    values = read_label(images.label_paths[i], images.coding)
-    counts = np.bincount(images.to_classes(values, i).ravel(), minlength=256)
-    return size, tally(values), counts
+    return size, tally(read_label(labels[0], images.coding)) if labels else {}
 
 
 def contact_sheet(images, colours):
@@ -299,9 +279,9 @@ def contact_sheet(images, colours):
         if images.labelled:
             painted = paint(images.label(i), colours)
             pair.append(cv2.addWeighted(pair[0], 0.4, painted, 0.6, 0))
-        size = (160, round(160 * pair[0].shape[1] / pair[0].shape[0]))
+        if not tiles:  # all have the shape of the first image
+            size = (160, round(160 * pair[0].shape[1] / pair[0].shape[0]))
         tiles.append(np.hstack([resize(picture, size) for picture in pair]))
-    tiles = [resize(tile, tiles[0].shape[:2]) for tile in tiles]
     tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % 3)
     rows = [np.hstack(tiles[at : at + 3]) for at in range(0, len(tiles), 3)]
     if images.labelled:
