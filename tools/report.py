@@ -12,7 +12,6 @@ import base64
 import collections
 import contextlib
 import io
-import json
 import re
 import sys
 from pathlib import Path
@@ -26,48 +25,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to be run by 
 
 from datasets import IGNORED, Images
 from engine.command import Parser, command
-from engine.config import UserError, flat
+from engine.config import UserError, flat, one_line
 from engine.images import paint, read_image, resize, threads
 from evaluate import STAGES, advice, judged
 from layouts import classes
 from settings import DEFAULTS, WHOLE, load_config
-from tools.runs import (
-    REFERENCES,
-    gap_closed,
-    in_order,
-    paper_table,
-    read_run,
-    settings_of,
-    summary,
-    title,
-)
+from tools.runs import gap_closed, in_order, print_table, read_run, settings_of, title
 from tools.templates import render
 
-# heading -> (STAGE, the pictures of samples/STAGE/ below it)
-SAMPLES = {
-    "From the source to the target": ("translator", "source_image translated target_image"),
-    "The strong view of the warm-up (CrDoMix)":
-        ("warmup", "source_image translated strong_view source_labels"),
-    "Pseudo-labels, and where their two judges agree":
-        ("selftrain", "target_image probability_labels feature_labels pseudo_labels truth "
-                      "mixed_image mixed_labels"),
-}  # fmt: skip
-# key of a log line -> what it is the share of
-SHARES = {
-    "kept": "kept by the consensus", "precision": "its precision",
-    "probability_accuracy": "accuracy of probability labels",
-}  # fmt: skip
+SHARES = ("kept", "precision", "probability_accuracy")  # keys of the log, of pseudo-labels
 # stages whose losses are the sums of the same terms: one chart
 COMPARABLE = ("source_only|source_strong|oracle", "dacs|daformer", r"selftrain(_round\d+)?")
-# colour -> matplotlib's format of marker and line
-LINES = {"#2f7ed8": "o-", "#c8641a": "s--", "#2e8b57": "^-.", "#9b59b6": "D:", "#808080": "x-"}
-FEW = 500  # fewer steps of the warm-up are a trial
+COLOURS = ("#2f7ed8", "#c8641a", "#2e8b57", "#9b59b6", "#808080")
+LINES = mpl.cycler(color=COLOURS, marker=list("os^Dx"), linestyle=["-", "--", "-.", ":", "-"])
 INK = "#010203"  # replaced by the page's text colour, which light and dark mode set
 INKED = "text.color axes.labelcolor axes.edgecolor xtick.color ytick.color grid.color"
 mpl.rcParams.update({
     "font.family": "sans-serif", "font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "report",
     "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
-    "legend.frameon": False, **dict.fromkeys(INKED.split(), INK),
+    "legend.frameon": False, "lines.markersize": 4, "errorbar.capsize": 3,
+    "axes.prop_cycle": LINES, **dict.fromkeys(INKED.split(), INK),
 })  # fmt: skip
 
 
@@ -79,7 +56,7 @@ def main():
     args = parser.parse_args()
     runs = [read_run(Path(folder)) for folder in args.runs]
     if args.format:
-        print(paper_table(runs, args.format), end="")
+        print_table(runs, args.format)
         return
     path = runs[0]["folder"] / "report.html"
     if len(runs) > 1:
@@ -91,30 +68,24 @@ def main():
 
 def about(run):
     """Return the template's values for one run."""
-    cfg = run["config"]
-    log = run["log"]
-    folder = run["folder"]
+    cfg, log, folder = run["config"], run["log"], run["folder"]
     results = {k: x for k, x in run["results"].items() if x["iou"] or x["miou"] is not None}
     own = {stage: entry for stage, entry in results.items() if entry["dataset"] == "val"}
     scored = [s for s in STAGES if s in own and s != "oracle" and own[s]["miou"] is not None]
     trained = [s for s in STAGES if s != "oracle" and (folder / f"{s}.pth").is_file()]
-    best, _ = judged(run["results"])
+    best = judged(run["results"])[0] or (trained[-1] if trained else None)
     if scored:
         best = max(scored, key=lambda stage: own[stage]["miou"])
-    elif best is None and trained:
-        best = trained[-1]
     values = flat(cfg, WHOLE)
     defaults = flat(load_config(DEFAULTS), WHOLE)
     changed = [key for key, value in values.items() if defaults.get(key) != value]
+    stages = {stage: x for stage, x in log.items() if x[0]}
     ends = [end for _, end in log.values() if end]
     data = datasets_of(cfg)
-    return {
+    return run | {
         "name": folder.name,
-        "folder": folder,
-        "config": cfg,
         "dates": sorted({end["date"] for end in ends if "date" in end}),
         "hours": sum(end.get("seconds") or 0 for end in ends) / 3600,
-        "few": "warmup" in log and cfg.warmup.steps < FEW,
         "best": best,
         "results": results,
         "advice": advice(run["results"], title),
@@ -125,22 +96,11 @@ def about(run):
         "oracle": own.get("oracle"),
         "colours": classes(cfg),
         "data": data,
-        "charts": list(curves(log)),
+        "charts": list(curves(stages)),
         "pictures": gallery(run, data["val" if cfg.val.root else "target"][0]) | samples(run),
-        "stages": {s: (*x, speed(cfg, s, x[1])) for s, x in log.items() if x[0]},
-        "changed": [(k, json.dumps(defaults.get(k)), json.dumps(values[k])) for k in changed],
-        "environment": run["environment"],
-        "tables": None,
+        "stages": stages,
+        "changed": [(key, one_line(defaults.get(key)), one_line(values[key])) for key in changed],
     }
-
-
-def speed(cfg, stage, end):
-    """Return the images of a finished stage's steps by its seconds, or None."""
-    if not end or not end.get("seconds"):
-        return None
-    section = "warmup" if stage in ("warmup", *REFERENCES) else "selftrain"
-    batch = cfg["translation" if stage == "translator" else section].batch
-    return end["finished"] * sum(batch) / end["seconds"]
 
 
 def datasets_of(cfg, some=32):
@@ -150,46 +110,36 @@ def datasets_of(cfg, some=32):
     """
     specs = {"source": cfg.source, "target": cfg.target, "val": cfg.val}
     specs |= {f"more_val.{name}": spec for name, spec in cfg.more_val.items()}
-    roots = {key: spec.root for key, spec in specs.items() if spec.root}
-    data = {key: (None, root, collections.Counter(), {}) for key, root in roots.items()}
+    data = {key: (None, x.root, collections.Counter(), {}) for key, x in specs.items() if x.root}
     for key in data:
         with contextlib.suppress(UserError):  # the images have been moved since
             images = Images(cfg, key, labelled=key != "target")
             few = np.unique(np.linspace(0, len(images) - 1, some, dtype=int)).tolist()
             shapes, _, counts = zip(*threads.map(images.summary, few), strict=True)
             counts = np.sum(counts, axis=0)[: len(classes(cfg))]
-            percent = (100 * counts / max(counts.sum(), 1)).tolist()
-            percent = dict(zip(classes(cfg), percent, strict=True)) if images.labelled else {}
+            percent = zip(classes(cfg), 100 * counts / max(counts.sum(), 1), strict=True)
+            percent = dict(percent) if images.labelled else {}
             data[key] = (images, images.folder, collections.Counter(shapes), percent)
     return data
 
 
 def curves(log):
-    """Yield (title, description, SVG) of the losses, pseudo-labels, and at last learning rates."""
+    """Yield (title, description, SVG) of the losses and the pseudo-labels."""
     losses = {}
-    rates = {}
     shares = {}
     before = 0  # steps of the rounds before
     for stage, (steps, _) in log.items():
         kind = next((names for names in COMPARABLE if re.fullmatch(names, stage)), stage)
-        name = title(stage)
-        for line in steps:
-            step = line["step"]
-            losses.setdefault(kind, {}).setdefault(name, []).append((step, line["loss"]))
-            if "lr" in line:
-                rates.setdefault(name, []).append((step, line["lr"]))
-            for key in SHARES if stage.startswith("selftrain") else ():
-                if key in line:
-                    shares.setdefault(SHARES[key], []).append((before + step, 100 * line[key]))
-        if steps and stage.startswith("selftrain"):
-            before += steps[-1]["step"]
+        losses.setdefault(kind, {})[title(stage)] = [(x["step"], x["loss"]) for x in steps]
+        for key in SHARES if stage.startswith("selftrain") else ():
+            points = [(before + x["step"], 100 * x[key]) for x in steps if key in x]
+            shares |= {key: shares.get(key, []) + points} if points else {}
+        before += steps[-1]["step"] if stage.startswith("selftrain") else 0
     for k, lines in enumerate(losses.values()):
         yield f"Loss: {', '.join(lines)}", *line_chart(lines, f"loss{k}", "step")
     if shares:
         axes = ("step, through all rounds", "% of the pixels")
         yield "Pseudo-labels", *line_chart(shares, "shares", *axes, top=100)
-    if rates:
-        yield "Learning rate", *line_chart(rates, "rates", "step")
 
 
 def line_chart(lines, name, across, up="", top=None, ticks=None):
@@ -200,11 +150,9 @@ def line_chart(lines, name, across, up="", top=None, ticks=None):
     """
     figure = Figure((8, 3.4) if ticks else (4.4, 2.8), layout="constrained")
     axes = figure.add_subplot(xlabel=across, ylabel=up)
-    for k, (label, points) in enumerate(lines.items()):
-        colour, look = list(LINES.items())[k % len(LINES)]
-        options = {"label": label, "color": colour, "markersize": 4, "capsize": 3, "fmt": look}
+    for label, points in lines.items():
         every = max(len(points) // 6, 1)
-        axes.errorbar(*zip(*points, strict=True), markevery=every, **options)
+        axes.errorbar(*zip(*points, strict=True), label=label, markevery=every)
     axes.set_ylim(0, top)
     # automatic numbers of ticks change with the layout, which then cuts off their labels
     axes.locator_params("y", nbins=5)
@@ -260,14 +208,16 @@ def gallery(run, images, even=4, worst=3):
 
 
 def samples(run):
-    """Return heading -> [("", tiles)]: the last pictures that each stage left."""
+    """Return heading -> [("", tiles)]: the last pictures that each stage showed, in their order."""
     rows = {}
-    for heading, (stage, names) in SAMPLES.items():
-        paths = [run["folder"] / "samples" / stage / f"{name}.png" for name in names.split()]
-        paths = [path for path in paths if path.is_file()]
-        tiles = [tile(x.stem.replace("_", " "), read_image(x), "label" in x.stem) for x in paths]
+    for stage in run["log"]:
+        paths = (run["folder"] / "samples" / stage).glob("*.png")
+        tiles = []
+        for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns):
+            is_label = path.stem.endswith(("labels", "prediction", "truth"))
+            tiles.append(tile(path.stem.replace("_", " "), read_image(path), is_label))
         if tiles:
-            rows[heading] = [("", tiles)]
+            rows[f"The last step: {title(stage)}"] = [("", tiles)]
     return rows
 
 
@@ -284,14 +234,15 @@ def tile(words, picture, is_label):
 def side_by_side(runs):
     """Return the template's values for several runs: a column for each setting."""
     settings, groups, found = zip(*settings_of(runs), strict=True)
+    names = [[run["folder"].name for run in group] for group in groups]
     colours = {name: rgb for run in runs for name, rgb in classes(run["config"]).items()}
     stages = in_order(stage for table in found for stage in table)
     last = next((s for s in ("selftrain", "warmup", "source_only") if s in stages), "-")
 
     def rows(keys):
         """Return name -> the summary of each group, of all (name, stage, figure) with a figure."""
-        empty = summary([])
-        rows = {x: [t.get(stage, {}).get(key, empty) for t in found] for x, stage, key in keys}
+        none = (None, None, [])
+        rows = {x: [t.get(stage, {}).get(key, none) for t in found] for x, stage, key in keys}
         return {name: row for name, row in rows.items() if any(figures for *_, figures in row)}
 
     tables = {
@@ -300,22 +251,20 @@ def side_by_side(runs):
         f"IoU by class: {title(last)}": ("class", rows((name, last, name) for name in colours)),
     }
     lines = {}
-    for k, group in enumerate(groups):
+    for k, group in enumerate(names):
         cells = [(x, *row[k]) for x, row in enumerate(tables["mIoU"][1].values())]
         points = [(x, mean, spread or 0) for x, mean, spread, _ in cells if mean is not None]
         more = f" and {len(group) - 1} more" if len(group) > 1 else ""
-        if points:
-            lines[group[0]["folder"].name + more] = points
+        lines |= {group[0] + more: points} if points else {}
     ticks = [re.sub(r" (\(|round)", r"\n\1", words) for words in tables["mIoU"][1]]
-    values = {key: [x.get(key) for x in settings] for x in settings for key in x}
-    differing = {key: x for key, x in values.items() if any(value != x[0] for value in x)}
+    values = {key: [one_line(x.get(key)) for x in settings] for x in settings for key in x}
     return {
         "name": "Runs side by side",
         "tables": {heading: table for heading, table in tables.items() if table[1]},
         "charts": [("mIoU", *line_chart(lines, "miou", "", ticks=ticks))] if lines else [],
         "colours": colours,
-        "groups": [[run["folder"].name for run in group] for group in groups],
-        "differing": {key: list(map(json.dumps, x)) for key, x in differing.items()},
+        "groups": names,
+        "differing": {key: x for key, x in values.items() if len(set(x)) > 1},
     }
 
 

@@ -1,10 +1,10 @@
 """Read what runs left, and summarise runs that share their settings."""
 
 import csv
-import io
 import json
 import re
 import statistics
+import sys
 
 from engine.config import UserError, flat
 from engine.files import FREE_KEYS
@@ -64,8 +64,7 @@ def read_log(path):
             steps = [*(old for old in steps if old["step"] < entry["step"]), entry]
             finished = None
         log[entry["stage"]] = (steps, finished)
-    order = ["source_only", "translator", *STAGES, *log]
-    return {stage: log[stage] for stage in sorted(log, key=order.index)}
+    return {stage: log[stage] for stage in in_order(log)}
 
 
 def gap_closed(results, stage):
@@ -79,7 +78,7 @@ def gap_closed(results, stage):
 def in_order(stages):
     """Return stages in the order of the tables, each once."""
     stages = list(dict.fromkeys(stages))
-    return sorted(stages, key=[*STAGES, *stages].index)
+    return sorted(stages, key=["source_only", "translator", *STAGES, *stages].index)
 
 
 def settings_of(runs):
@@ -87,16 +86,12 @@ def settings_of(runs):
 
     Runs share their settings if they differ in FREE_KEYS, seed and translated images alone.
     """
-    groups = []
+    groups = {}
     for run in runs:
         settings = {k: v for k, v in run["config"].items() if k not in FREE_KEYS | {"seed"}}
         settings = flat(settings, WHOLE) | {"translation.images": None}
-        same = [group for known, group, _ in groups if known == settings]
-        if same:
-            same[0].append(run)
-        else:
-            groups.append((settings, [run], {}))
-    for _, group, table in groups:
+        groups.setdefault(repr(settings), (settings, [], {}))[1].append(run)
+    for _, group, table in groups.values():
         results = [run["results"] for run in group]
         for stage in in_order(stage for entries in results for stage in entries):
             entries = [x[stage] for x in results if stage in x]
@@ -105,7 +100,7 @@ def settings_of(runs):
             cells["mIoU"] = [x["miou"] for x in entries]
             cells["gap closed"] = [gap_closed(x, stage) for x in results]
             table[stage] = {name: summary(figures) for name, figures in cells.items()}
-    return groups
+    return list(groups.values())
 
 
 def summary(figures):
@@ -115,8 +110,8 @@ def summary(figures):
     return statistics.mean(figures) if figures else None, spread, figures
 
 
-def paper_table(runs, form):
-    """Return a paper's table of mean and deviation, a row for each setting and stage, as text.
+def print_table(runs, form):
+    """Print a paper's table of mean and deviation, a row for each setting and stage.
 
     form: md, latex (with booktabs), or csv, where the deviations have columns of their own.
     """
@@ -129,8 +124,7 @@ def paper_table(runs, form):
             if form == "csv":
                 texts = ["" if x is None else f"{x:.3f}" for pair in pairs for x in pair]
             else:
-                texts = [[f"{x:.1f}" for x in pair if x is not None] or "-" for pair in pairs]
-                texts = [(" ± " if form == "md" else r" $\pm$ ").join(text) for text in texts]
+                texts = [" ± ".join(f"{x:.1f}" for x in y if x is not None) or "-" for y in pairs]
             count = str(len(cells["mIoU"][2]))
             rows.append([group[0]["folder"].name, title(stage), count, *texts])
     if form == "csv":
@@ -138,12 +132,12 @@ def paper_table(runs, form):
     rows.insert(0, ["setting", "stage", "runs", *heads])
     if form == "md":
         rows.insert(1, ["---", "---", *["---:"] * (len(heads) + 1)])
-        return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    if form == "latex":
+        print("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    elif form == "latex":
         rows = [" & ".join(re.sub(r"([&%#_])", r"\\\1", x) for x in row) + r" \\" for row in rows]
+        rows = [row.replace("±", r"$\pm$") for row in rows]
         begin = rf"\begin{{tabular}}{{ll{'r' * (len(heads) + 1)}}}"
         lines = [begin, r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule"]
-        return "\n".join([*lines, "\\end{tabular}\n"])
-    file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows(rows)
-    return file.getvalue()
+        print("\n".join([*lines, r"\end{tabular}"]))
+    else:
+        csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
