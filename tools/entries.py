@@ -14,7 +14,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to be run by its path too
 
 from engine.command import Parser, command
-from engine.config import UserError
 from engine.files import write_text
 from evaluate import STAGES
 from tools.runs import REFERENCES, gap_closed, read_run, title
@@ -23,8 +22,9 @@ ROOT = Path(__file__).parent.parent
 KEPT = ("config.yaml", "environment.json", "results.json", "log.jsonl")
 PAGES = ("README.md", "docs/results.md")
 MARK = re.compile(r"(<!-- entries: (.+) -->\n)(?:\n?\|.*\n)*")
-COLUMNS = ("entry", "source → target", "network", "source only", "warm-up", "self-training")
-COLUMNS += ("oracle", "closed", "hours", "commit")
+COLUMNS = (
+    "entry|source → target|network|source only|warm-up|self-training|oracle|closed|hours|commit"
+)
 
 
 def main():
@@ -46,43 +46,35 @@ def pages(root):
 
     def table(found):
         if found[2] == "all":
-            rows = [COLUMNS, ["---"] * len(COLUMNS), *map(line, entries.values())]
+            head, *rows = COLUMNS.split("|"), *map(line, entries.values())
         else:
-            names = found[2].split()
-            if unknown := {*names} - {*entries}:
-                raise UserError(f"docs/results has no entry {min(unknown)}, which a table names")
-            rows = stages([entries[name] for name in names])
+            head, *rows = stages([entries[name] for name in found[2].split()])
+        rows = [head, ["---"] * len(head), *rows]
         return found[1] + "\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
     paths = (root / page for page in PAGES)
     return {path: MARK.sub(table, path.read_text(encoding="utf-8")) for path in paths}
 
 
-def figure(run, stage):
-    """Return a stage's mIoU, and in brackets those of cfg.evaluation.subsets; or the gap closed."""
-    if stage == "gap":
-        gap = gap_closed(run["results"], "selftrain")
-        return "-" if gap is None else f"{gap:.0f}%"
-    scores = run["results"].get(stage, {})
-    if scores.get("miou") is None:
-        return "-"
-    subsets = [f"({value:.1f})" for key, value in scores.items() if key.startswith("miou_")]
-    return " ".join([f"{scores['miou']:.1f}", *subsets])
+def figures(run, stages):
+    """Return the texts of the stages' mIoU, with those of the subsets, and of the closed gap."""
+    texts = []
+    for scores in (run["results"].get(stage, {}) for stage in stages):
+        subsets = (f" ({x:.1f})" for key, x in scores.items() if key.startswith("miou_"))
+        miou = scores.get("miou")
+        texts.append("-" if miou is None else f"{miou:.1f}{''.join(subsets)}")
+    gap = gap_closed(run["results"], "selftrain")
+    return [*texts, "-" if gap is None else f"{gap:.0f}%"]
 
 
 def stages(runs):
-    """Return rows of the stages' mIoU, a column for each run, named by its seed or its name."""
-    heads = [f"seed {run['config'].seed}" for run in runs]
-    if len(set(heads)) < len(runs):
-        heads = [run["folder"].name for run in runs]
-    rows = [["mIoU", *heads], ["---"] * (len(runs) + 1)]
+    """Return rows of the stages' mIoU, a column for each run."""
     there = [s for s in STAGES if any(s in run["results"] for run in runs)]
-    for stage in there:
-        method = "DiGA, " if stage.startswith(("warmup", "selftrain")) else ""
-        rows.append([method + title(stage), *(figure(run, stage) for run in runs)])
-    if set(REFERENCES) <= set(there):
-        rows.append(["share of the gap that is closed", *(figure(run, "gap") for run in runs)])
-    return rows
+    names = ["DiGA, " * s.startswith(("warmup", "selftrain")) + title(s) for s in there]
+    columns = [["mIoU", *names, "share of the gap that is closed"]]
+    columns += [[run["folder"].name, *figures(run, there)] for run in runs]
+    rows = list(zip(*columns, strict=True))
+    return rows if {*REFERENCES} <= {*there} else rows[:-1]
 
 
 def line(run):
@@ -90,9 +82,8 @@ def line(run):
     cfg, commit = run["config"], run["environment"].get("commit") or "-"
     hours = sum(end.get("seconds") or 0 for _, end in run["log"].values() if end) / 3600
     data = f"{cfg.source.root} → {cfg.target.root}".replace("data/", "")
-    scores = [figure(run, s) for s in ("source_only", "warmup", "selftrain", "oracle", "gap")]
-    name = run["folder"].name
-    link = f"[{name}](results/{name})"
+    scores = figures(run, ("source_only", "warmup", "selftrain", "oracle"))
+    link = f"[{run['folder'].name}](results/{run['folder'].name})"
     return [link, data, cfg.model.network, *scores, f"{hours:.1f}", commit[:9]]
 
 
