@@ -49,28 +49,23 @@ def main():
     run = Run(cfg, args.method, "warmup" if args.method in PLAIN else "selftrain")
     domain = "target" if args.method == "oracle" else "source"
     labelled, target = Images(cfg, domain, labelled=True), Images(cfg, "target", labelled=False)
-    if not run.is_finished(
-        args.force, [labelled, target] if args.method in ADAPTING else [labelled]
-    ):
+    inputs = [labelled, target] if args.method in ADAPTING else [labelled]
+    if not run.is_finished(args.force, inputs):
         train(run, args.method, labelled.check(), target)
 
 
 def train(run, method, labelled, target):
     cfg, options, names = run.cfg, run.cfg[run.section], classes(run.cfg)
     n, batch, total = micro_batch_size(cfg, run.section), options.batch, options.steps
-    adapts, rare = method in ADAPTING, 0
-    if method not in PLAIN:
+    adapts, domain, domains = method in ADAPTING, labelled.domain, cfg.bn_recalibrate
+    rare = TEMPERATURE if method in ADAPTING[1:] else 0
+    if method in PLAIN:
+        rare, domains = cfg.rare_classes, domains and [domain]
+    else:
         total = cfg.warmup.steps + cfg.selftrain.rounds * cfg.selftrain.steps
 
     # data
-    domain = labelled.domain
-    if method in PLAIN:
-        rare = cfg.rare_classes
-    elif method in ADAPTING[1:]:
-        rare = TEMPERATURE
-    images, domains = {domain: labelled}, cfg.bn_recalibrate
-    if method in PLAIN and domains:
-        domains = [domain]
+    images = {domain: labelled}
     crops = {"labelled": Crops(cfg, run.stage, domain, labelled, batch, total, rare=rare)}
     if adapts:
         images["target"] = target.check()
@@ -93,6 +88,7 @@ def train(run, method, labelled, target):
         for part in parts:
             x_s, y_s, draws = (part["labelled"][key] for key in ("image", "label", "draws"))
             views = [strong_view(x_s, draws, STRONG) if method == "source_strong" else x_s]
+            targets = [(y_s,)]
             if adapts:
                 x_t, target_draws = part["target"]["image"], part["target"]["draws"]
                 with torch.no_grad(), run.autocast():
@@ -103,28 +99,25 @@ def train(run, method, labelled, target):
                 pair = (x_s, y_s, draws), (x_t, y_t, w_t, target_draws)
                 x_mix, y_mix, w_mix = class_mix(*pair, STRONG)
                 views.append(x_mix)
+                targets.append((y_mix, w_mix))
                 run.log(confident=w_t.mean())
             if method == "mic":
                 strong = strong_view(x_t, target_draws, STRONG)
                 views.append(masked_view(strong, MASKED, student.mean))
+                targets.append((y_t, w_t))
 
             with run.autocast():
                 logits, _, auxiliary = network(torch.cat(views))
-            z_s, *others = logits.split(n)
-            loss = supervised(z_s, y_s)
+            losses = [supervised(z, *y) for z, y in zip(logits.split(n), targets, strict=True)]
             if auxiliary is not None:
-                loss = loss + cfg.model.auxiliary * supervised(auxiliary[:n], y_s)
-            if adapts:
-                loss = loss + supervised(others[0], y_mix, w_mix)
-            if method == "mic":
-                loss = loss + supervised(others[1], y_t, w_t)
+                losses[0] = losses[0] + cfg.model.auxiliary * supervised(auxiliary[:n], y_s)
+            loss = sum(losses)
             run.backward(loss)
             run.log(loss=loss)
 
         run.update(optimizer)
         if run.shows:
-            pictures = {"image": x_s, "labels": y_s, "prediction": logits.argmax(1)}
-            run.show(names, **pictures)
+            run.show(names, image=x_s, labels=y_s, prediction=logits.argmax(1))
 
     finish(run, recalibration, student=student, teacher=teacher)
 
