@@ -58,20 +58,15 @@ def main():
     add("overrides", nargs="*", metavar="key.sub=value", help="replaces a value")
     args = parser.parse_intermixed_args()
     cfg = load_config(args.cfg, args.overrides)
-    if args.kind == "student":
-        save(args.out, student(args.path, cfg))
-    elif args.kind == "backbone":
-        save(args.out, backbone(args.path))
-    else:
+    if args.kind == "translator":
         load = authors_translator if Path(args.path).is_dir() else cyclegan
         run, source = Run(cfg, "translator", "translation"), Images(cfg, "source", labelled=False)
         write(run, run.place(load(args.path)), source, Path(args.out), time.time())
         print(f"translation.images={args.out} uses them")
-
-
-def save(path, state):
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
-    print(f"wrote {path}")
+        return
+    state = student(args.path, cfg) if args.kind == "student" else backbone(args.path)
+    write_atomically(args.out, lambda temporary: torch.save(state, temporary))
+    print(f"wrote {args.out}")
 
 
 def student(path, cfg):
@@ -155,10 +150,8 @@ def authors_translator(folder):
     encoder = ["model.0", "model.1", "model.2", *(f"model.3.{name}" for name in blocks)]
     decoder = [*(f"model.0.{name}" for name in blocks), "model.2", "model.4", "model.5"]
     generator = AuthorsGenerator()
-    for name, convs, module in (
-        ("enc_s.pth", encoder, generator.encoder),
-        ("dec_s2t.pth", decoder, generator.decoder),
-    ):
+    parts = ("enc_s.pth", encoder, generator.encoder), ("dec_s2t.pth", decoder, generator.decoder)
+    for name, convs, module in parts:
         names = [f"{conv}.conv.{kind}" for conv in convs for kind in ("weight", "bias")]
         ours = dict(zip(names, module.state_dict(), strict=True))
         theirs = load_tensors(Path(folder) / name)

@@ -53,8 +53,7 @@ def export(network, size):
     image = torch.zeros(1, 3, *size)
     program = torch.onnx.export(network, (image,), dynamo=True, verbose=False, **ends)
     colours = list(network.colours.values())
-    metadata = {"classes": network.classes, "colours": colours, "size": size}
-    for key, value in metadata.items():
+    for key, value in {"classes": network.classes, "colours": colours, "size": size}.items():
         program.model.metadata_props[key] = json.dumps(value)
     written = program.model_proto.SerializeToString()
 
