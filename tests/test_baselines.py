@@ -6,11 +6,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SOURCE_ONLY, log, main, ok, save
-from torch import nn
 
-import settings
 from datasets import Crops, Images, RareClasses
-from models import register
 from settings import load_config
 from tools import baselines
 from tools import make_demo_data as demo
@@ -78,34 +75,19 @@ def test_a_method_trains_for_as_many_steps_as_all_of_diga_and_is_scored(dataset,
 
 # ---------------------------------------------------------------- a floor for accuracy
 
-FLOOR = 10  # points of mIoU; seeds 0, 1 and 2 had 17.4, 23.0 and 21.8
+FLOOR = 8  # points of mIoU; seeds 0, 1 and 2 had 14.8, 17.1 and 11.5
 OPTIONS = [
     "device=cpu", "precision=fp32", "workers=0", "source.root=game", "target.root=camera",
     "val.root=camera", "source.sizes=[[48,96],[64,128]]", "target.sizes=[[48,96],[64,128]]",
     "val.size=[64,128]", "crop=[48,96]", "translation.crop=[32,64]", "translation.images=ideal",
-    "model.network=small", "model.channels=32", "optimizer.lr_backbone=4e-3",
-    "optimizer.lr_head=4e-3", "warmup.steps=200", "warmup.batch=[2,2]", "bn_images=16",
+    "model.channels=32", "optimizer.lr_backbone=4e-3", "optimizer.lr_head=4e-3", "bn_images=16",
     "log_every=100", "pictures_every=1000", "save_every=1000", "evaluation.pictures=0",
 ]  # fmt: skip
-
-
-def small(num_classes, channels, **_):
-    """Return a network of five convolutions, which learns something in 200 steps."""
-
-    def block(inputs, outputs, stride, dilation):
-        conv = nn.Conv2d(inputs, outputs, 3, stride, dilation, dilation, bias=False)
-        return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
-
-    blocks = [block(3, 16, 2, 1), block(16, 32, 2, 1), block(32, 32, 1, 2), block(32, 32, 1, 4)]
-    return nn.Sequential(*blocks), block(32, channels, 1, 8), nn.Conv2d(channels, num_classes, 1)
 
 
 def test_a_warm_up_beats_source_only(tmp_path, monkeypatch):
     """With ideal translations: the game's scenes, drawn as the camera would see them."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(settings, "OWN_NETWORKS", {})
-    monkeypatch.setattr("models.OWN_NETWORKS", settings.OWN_NETWORKS)
-    register("small")(small)
     path = ROOT / "configs/demo.yaml"
     cfg = load_config(path, OPTIONS)
     monkeypatch.setattr(demo, "SPLITS", {"game": 16, "train": 12, "val": 12})
