@@ -4,9 +4,13 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, ok, same_networks, state
+
+from engine.log import write_log
+from tools.run_all import minutes_left
 
 COMMANDS = [
     "translate_cyclegan", "warmup", "selftrain", "evaluate", "tools.run_all", "tools.own_data",
@@ -94,10 +98,20 @@ def test_run_all_from_any_folder_with_a_relative_configuration(dataset):
     done = subprocess.run(line, check=False, **more)
     assert done.returncode == 0, done.stderr
     heads = [line for line in done.stdout.splitlines() if line.startswith("== ")]
-    assert heads == ["== warmup (1 of 3)", "== oracle (2 of 3)", "== evaluate (3 of 3)"]
+    left = ": about 0 minutes of training are left"
+    assert heads == ["== warmup (1 of 3)", f"== oracle (2 of 3){left}", "== evaluate (3 of 3)"]
     folder = dataset / "out/test"
     assert (folder / "report.html").is_file()
     assert not same_networks(folder / "warmup.pth", folder / "oracle.pth")
+
+
+def test_the_time_that_is_left_of_a_run(config):
+    """By a warm-up of 16 minutes: 6 steps of 2 images that pass the network 8 times."""
+    cfg = config()
+    Path("runs/test").mkdir(parents=True)
+    write_log(Path("runs/test"), "warmup", finished=6, seconds=960)
+    expected = (4 * 2 * 12 * 2 + 6 * 2 * 3) / (6 * 2 * 8) * 16
+    assert f": about {expected:.0f} minutes" in minutes_left(cfg, ["selftrain", "oracle"])
 
 
 def test_run_all_ends_with_the_first_stage_that_fails(dataset):

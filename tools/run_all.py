@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to be run by 
 
 from engine.command import arguments, command
 from settings import load_config
+from tools.runs import read_log
 
 ROOT = Path(__file__).parent.parent
 # stage -> its module, and its arguments
@@ -29,6 +30,8 @@ STAGES = {
     "oracle": ["tools.baselines", "--method", "oracle"],
     "evaluate": ["evaluate"],
 }
+# passes of the network through an image in a step: 1 forward, 2 backward
+PASSES = {"source_only": 3, "warmup": 8, "selftrain": 12, "oracle": 3}
 
 
 def main():
@@ -47,10 +50,31 @@ def commands(path, overrides, imported=None):
     first = ["--import", imported] if imported else []
     stages = [*cfg.stages, "evaluate"]
     for number, stage in enumerate(stages, 1):
-        print(f"== {stage} ({number} of {len(stages)})", flush=True)
+        left = minutes_left(cfg, stages[number - 1 :])
+        print(f"== {stage} ({number} of {len(stages)}){left}", flush=True)
         module, *more = STAGES[stage]
         yield module, [*more, *first, "--cfg", str(path), *overrides]
     yield "tools.report", [str(Path(cfg.output) / cfg.name)]
+
+
+def minutes_left(cfg, stages):
+    """Return words: the time that trainings take at the pace of the last finished one, or none."""
+
+    def work(stage):
+        options = cfg.selftrain if stage == "selftrain" else cfg.warmup
+        rounds = cfg.selftrain.rounds if stage == "selftrain" else 1
+        return PASSES[stage] * sum(options.batch) * options.steps * rounds
+
+    log = read_log(Path(cfg.output) / cfg.name / "log.jsonl")
+    ended = {stage: end for stage, (_, end) in log.items() if end}
+    # of self-training, only the last round's time is known
+    paces = [ended[x]["seconds"] / work(x) for x in ended if x in PASSES and x != "selftrain"]
+    later = [stage for stage in stages if stage in PASSES]
+    if not (paces and later):
+        return ""
+    minutes = paces[-1] * sum(map(work, later)) / 60
+    others = ", without the translation" if "translate" in stages else ""
+    return f": about {minutes:.0f} minutes of training are left{others}"
 
 
 def run(module, line):
