@@ -14,11 +14,7 @@ from torch.utils.data import DataLoader, Dataset, StackDataset
 from augment import DRAWS
 from engine.config import Config, UserError, one_line, require
 from engine.files import write_text
-from engine.folders import (
-    Aligned,
-    Folder,
-    warn,
-)
+from engine.folders import Aligned, Folder, warn
 from engine.images import read_image, read_label, resize, resize_pixels, size_of, threads
 from engine.processes import decided_by_first, rank, world
 from layouts import classes, find_pairs, label_values, narrow
@@ -76,13 +72,11 @@ class Images(Folder):
             if None not in sizes and sizes[0] != sizes[1]:
                 odd[name] = f"{name} {sizes}"
         if odd:
-            good = "".join(f"{name}\n" for name in self.names if name not in odd)
-            write_text(self.list_file, good)
+            write_text(self.list_file, "".join(f"{x}\n" for x in self.names if x not in odd))
             fault = f"{len(odd)} labels differ from their images in size (W, H)"
             remedy = f"set {self.domain}.list={self.list_file}, which names the others"
-            raise UserError(
-                f"{self.folder}: {fault}: {one_line(', '.join(odd.values()))}; {remedy}"
-            )
+            first = one_line(", ".join(odd.values()))
+            raise UserError(f"{self.folder}: {fault}: {first}; {remedy}")
         some = np.unique(np.linspace(0, len(self.names) - 1, 256, dtype=int)).tolist()
         self._judge(threads.map(self.summary, some))
         return self

@@ -39,10 +39,8 @@ def ohem_loss(logits, labels, weights=None, threshold=0.7, min_pixels=100_000):
     Hard are the labelled pixels whose class has a probability below `threshold`, and at least the
     `min_pixels` hardest ones. For SYNTHIA. The rest is as for supervised_loss.
     """
-    logits = upsample(logits, labels.shape[-2:])
-    losses = F.cross_entropy(
-        logits, labels.long(), ignore_index=IGNORED, reduction="none"
-    ).flatten()
+    logits, options = upsample(logits, labels.shape[-2:]), {"ignore_index": IGNORED}
+    losses = F.cross_entropy(logits, labels.long(), reduction="none", **options).flatten()
     hardest = losses.detach().topk(min(min_pixels, losses.numel())).values[-1]
     hard = losses >= hardest.clamp(max=-math.log(threshold))
     hard &= labels.flatten() != IGNORED

@@ -145,8 +145,7 @@ def judge_translation(run, source, translated):
             write_image(run.folder / f"samples/translator/{name}_translation.png", pair)
     kept = after["miou"] / max(before["miou"], 1e-6)
     words = f"source_only.pth has {kept:.0%} of its mIoU on translated images"
-    if rank() == 0:
-        print(f"translator: {words}")
+    print(f"translator: {words}")
     if kept < KEPT:
         lost = [k for k, iou in before["iou"].items() if iou and after["iou"][k] < LOST * iou]
         fault = f"{words}, which have lost content: {one_line(', '.join(lost))}"

@@ -50,7 +50,7 @@ def main():
             else:
                 run.save(run.result, 0, {})
         folder = run.folder / "translated"
-        write(run, translator(run, target), source, folder)
+        write(run, translator(run, target, len(source)), source, folder)
     translated = translated_images(cfg, source)
     print(f"translator: {len(source)} translated images are in {folder}")
     judge_translation(run, source, translated)
@@ -133,17 +133,13 @@ def train(run, source, target):
     run.finish(generator=state["generator"])
 
 
-def translator(run, target):
-    """Return the function that maps a Whole's sample to G(x_s), uint8 (H, W, 3), by the method."""
+def translator(run, target, count):
+    """Return the function from a Whole's sample, of `count`, to G(x_s), uint8 RGB (H, W, 3)."""
     options = run.cfg.translation
     if options.method != "cyclegan":
         transfer = {"colour": transfer_colours, "fourier": transfer_frequencies}[options.method]
-
-        def translate(sample):
-            rng = np.random.default_rng([run.cfg.seed, sample["index"]])
-            return transfer(sample["image"].numpy(), target.image(rng.integers(len(target))))
-
-        return translate
+        chosen = np.random.default_rng(run.cfg.seed).integers(len(target), size=count)
+        return lambda x: transfer(x["image"].numpy(), target.image(chosen[x["index"]]))
     generator = Generator(options.filters, options.blocks)
     load_exactly(generator, load_tensors(run.result).get("generator", {}), run.result)
     run.place(generator)
@@ -168,9 +164,9 @@ def transfer_colours(image, target):
     """
     target = resize(target, image.shape[:2])
     lab, wanted = (cv2.cvtColor(np.float32(x) / 255, cv2.COLOR_RGB2LAB) for x in (image, target))
-    mean, deviation = (x.reshape(3) for x in cv2.meanStdDev(lab))
-    wanted_mean, wanted_deviation = (x.reshape(3) for x in cv2.meanStdDev(wanted))
-    lab = (lab - mean) * (wanted_deviation / np.maximum(deviation, 1e-3)) + wanted_mean
+    (mean, deviation), (to_mean, to_deviation) = map(cv2.meanStdDev, (lab, wanted))
+    gain = to_deviation / np.maximum(deviation, 1e-3)
+    lab = (lab - mean.T) * gain.T + to_mean.T
     rgb = cv2.cvtColor(np.float32(lab), cv2.COLOR_LAB2RGB)
     return np.uint8(np.rint(255 * rgb.clip(0, 1)))
 
@@ -198,10 +194,9 @@ def write(run, translate, source, folder):
     """
     # JPEG takes a third of a PNG's space and of its decoding, which is most of a sample's time
     paths = [(folder / name).with_suffix(".jpg") for name in source.names]
-    made = run.result.stat().st_mtime
 
     def is_old(i):
-        newest = max(made, (source.folder / source.names[i]).stat().st_mtime)
+        newest = max(x.stat().st_mtime for x in (run.result, source.folder / source.names[i]))
         return not paths[i].exists() or paths[i].stat().st_mtime < newest
 
     # before another process writes one of them

@@ -34,10 +34,7 @@ def main():
     if init:
         inputs.append(init)
     if not run.is_finished(args.force, inputs):
-        source.check()
-        if cfg.warmup.crdomix:
-            judge_translation(run, source, translated_images(cfg, source))
-        train(run, init, source)
+        train(run, init, source.check())
 
 
 def train(run, init, source):
@@ -50,6 +47,8 @@ def train(run, init, source):
 
     # data
     aligned = {"translated": translated_images(cfg, source)} if options.crdomix else {}
+    if aligned:
+        judge_translation(run, source, **aligned)
     batch = options.batch
     rare = cfg.rare_classes
     source_crops = Crops(cfg, run.stage, "source", source, batch, total, rare=rare, aligned=aligned)
