@@ -17,8 +17,6 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to be run by its path too
-
 import selftrain
 import warmup
 from datasets import Images
@@ -38,9 +36,8 @@ SETTLE = 2  # the first turns, which do not count
 
 def main():
     parser = arguments(__doc__)
-    add = parser.add_argument
-    add("--steps", type=int, default=10, help="repetitions of each measurement (%(default)s)")
-    add("--out", default="bench.json", help="the JSON file to write (%(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="repetitions (%(default)s)")
+    parser.add_argument("--out", default="bench.json", help="the JSON file to write (%(default)s)")
     args = parser.parse_intermixed_args()
     asked = load_config(args.cfg, args.overrides)
     machine = environment(Run(asked, "bench", "evaluation").device)

@@ -8,10 +8,7 @@ A table stands below a line `<!-- entries: NAME ... -->`, with a column for each
 """
 
 import re
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to be run by its path too
 
 from engine.command import Parser, command
 from engine.files import write_text

@@ -37,10 +37,9 @@ def find_splits(root, labelled=False):
         raise UserError(f"{root}: no images were found; see docs/own_data.md for the layouts")
     groups = groups_of(files)
     photos = [x for x in groups if looks(root / name for name in groups[x].values())[0] <= 0.5]
-    found = [splits_in(root, files, pair) for pair in dict.fromkeys(guesses(groups, photos))]
-    found = [splits for splits in found if is_labelled(splits)]
-    if found:
-        return max(found, key=rank)
+    found = (splits_in(root, files, pair) for pair in dict.fromkeys(guesses(groups, photos)))
+    if best := max(filter(is_labelled, found), key=rank, default=None):
+        return best
     if labelled:
         kinds = (f"{len(names)} files as {min(names.values())}" for names in groups.values())
         fault = f"holds {one_line(', '.join(kinds))}, and no labels of those names, as PNG"

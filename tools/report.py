@@ -58,9 +58,8 @@ def main():
     if args.format:
         print_table(runs, args.format)
         return
-    path = runs[0]["folder"] / "report.html"
-    if len(runs) > 1:
-        path = runs[0]["folder"].parent / "comparison.html"
+    folder = runs[0]["folder"]
+    path = folder / "report.html" if len(runs) == 1 else folder.parent / "comparison.html"
     page = about(runs[0]) if len(runs) == 1 else side_by_side(runs)
     render(path, "report.html.jinja", title=title, **page)
     print(f"report: {path}")
