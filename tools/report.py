@@ -256,14 +256,14 @@ def side_by_side(runs):
         more = f" and {len(group) - 1} more" if len(group) > 1 else ""
         lines |= {group[0] + more: points} if points else {}
     ticks = [re.sub(r" (\(|round)", r"\n\1", words) for words in tables["mIoU"][1]]
-    values = {key: [one_line(x.get(key)) for x in settings] for x in settings for key in x}
+    values = {key: [x.get(key) for x in settings] for x in settings for key in x}
     return {
         "name": "Runs side by side",
         "tables": {heading: table for heading, table in tables.items() if table[1]},
         "charts": [("mIoU", *line_chart(lines, "miou", "", ticks=ticks))] if lines else [],
         "colours": colours,
         "groups": names,
-        "differing": {key: x for key, x in values.items() if len(set(x)) > 1},
+        "differing": {k: [*map(one_line, x)] for k, x in values.items() if x.count(x[0]) < len(x)},
     }
 
 
