@@ -6,6 +6,8 @@ A CycleGAN (Zhu et al., ICCV 2017) whose loss keeps borders of classes, so that 
 Or, without training, the colours or the low frequencies of target images: see translation.method.
 """
 
+import functools
+
 import cv2
 import numpy as np
 import torch
@@ -50,7 +52,8 @@ def main():
             else:
                 run.save(run.result, 0, {})
         folder = run.folder / "translated"
-        write(run, translator(run, target, len(source)), source, folder)
+        made = decided_by_first(lambda: run.result.stat().st_mtime)
+        write(translator(run, target, len(source)), run, source, folder, made)
     translated = translated_images(cfg, source)
     print(f"translator: {len(source)} translated images are in {folder}")
     judge_translation(run, source, translated)
@@ -142,19 +145,19 @@ def translator(run, target, count):
         return lambda x: transfer(x["image"].numpy(), target.image(chosen[x["index"]]))
     generator = Generator(options.filters, options.blocks)
     load_exactly(generator, load_tensors(run.result).get("generator", {}), run.result)
-    run.place(generator)
+    return functools.partial(generate, run, run.place(generator))
 
-    @torch.no_grad()
-    def generate(sample):
-        height, width = sample["shape"]
-        image = run.fetch(sample["image"][None])
-        image = F.pad(image, (0, -width % 4, 0, -height % 4), mode="reflect")
-        with run.autocast():
-            image = generator(image)
-        image = image[0, :, :height, :width].mul(255).round().byte().permute(1, 2, 0)
-        return image.cpu().numpy()
 
-    return generate
+@torch.no_grad()
+def generate(run, generator, sample):
+    """Return the generator's G(x_s) of a Whole's sample, uint8 RGB (H, W, 3)."""
+    height, width = sample["shape"]
+    image = run.fetch(sample["image"][None])
+    image = F.pad(image, (0, -width % 4, 0, -height % 4), mode="reflect")
+    with run.autocast():
+        image = generator(image)
+    image = image[0, :, :height, :width].mul(255).round().byte().permute(1, 2, 0)
+    return image.cpu().numpy()
 
 
 def transfer_colours(image, target):
@@ -187,16 +190,16 @@ def transfer_frequencies(image, target, beta=0.01):
     return np.uint8(np.rint(image.clip(0, 255)))
 
 
-def write(run, translate, source, folder):
+def write(translate, run, source, folder, made):
     """Write the translation of every source image to NAME.jpg in `folder`, of the same size.
 
-    Images that were written after the stage's result and after their own image are left alone.
+    Images that were written after the time `made` and after their own image are left alone.
     """
     # JPEG takes a third of a PNG's space and of its decoding, which is most of a sample's time
     paths = [(folder / name).with_suffix(".jpg") for name in source.names]
 
     def is_old(i):
-        newest = max(x.stat().st_mtime for x in (run.result, source.folder / source.names[i]))
+        newest = max(made, (source.folder / source.names[i]).stat().st_mtime)
         return not paths[i].exists() or paths[i].stat().st_mtime < newest
 
     # before another process writes one of them

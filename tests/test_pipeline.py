@@ -383,7 +383,7 @@ def test_the_bench_measures_its_parts(dataset, run):
     options = ("--steps", "1", "--out", "figures.json")
     out = ok(run("tools.bench", *options, "model.channels=32"))
     figures = json.loads((dataset / "figures.json").read_text())
-    for part in bench.VIEWS:
+    for part in (*bench.VIEWS, "samples"):
         assert all(value > 0 for value in figures[part].values()), part
         row = next(line for line in out.splitlines() if line.startswith(f"| {part} | "))
         assert f"| {figures[part]['seconds']:.4g} |" in row

@@ -98,7 +98,7 @@ def test_run_all_from_any_folder_with_a_relative_configuration(dataset):
     done = subprocess.run(line, check=False, **more)
     assert done.returncode == 0, done.stderr
     heads = [line for line in done.stdout.splitlines() if line.startswith("== ")]
-    left = ": about 0 minutes of training are left"
+    left = ": about 0 minutes of training networks are left"
     assert heads == ["== warmup (1 of 3)", f"== oracle (2 of 3){left}", "== evaluate (3 of 3)"]
     folder = dataset / "out/test"
     assert (folder / "report.html").is_file()

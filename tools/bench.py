@@ -1,4 +1,4 @@
-"""Time the warm-up's and the self-training's steps against their bare networks, on made-up images.
+"""Time steps against their bare networks, samples against decoding their files; images are made up.
 
     python -m tools.bench --cfg config.yaml          # on the device of the configuration
     python -m tools.bench --cfg config.yaml precision=bf16 compile=true
@@ -19,11 +19,11 @@ import torch
 
 import selftrain
 import warmup
-from datasets import Images
+from datasets import Crops, Images, translated_images
 from engine.command import arguments, command
 from engine.device import environment, memory_gb
 from engine.files import write_text
-from engine.images import resize, write_image
+from engine.images import read_label, resize, write_image
 from engine.loop import Run
 from layouts import classes
 from models import build_segmenter
@@ -40,16 +40,17 @@ def main():
     parser.add_argument("--out", default="bench.json", help="the JSON file to write (%(default)s)")
     args = parser.parse_intermixed_args()
     asked = load_config(args.cfg, args.overrides)
-    machine = environment(Run(asked, "bench", "evaluation").device)
-    figures = {"cfg": args.cfg, "overrides": args.overrides} | machine
-    print("| steps of | seconds | bare | ratio | first | GiB |\n|---|---|---|---|---|---|")
+    figures = {"cfg": args.cfg, "overrides": args.overrides}
+    figures |= environment(Run(asked, "bench", "evaluation").device)
+    print("| part | seconds | bare | ratio | first | GiB |\n|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         cfg = load_config(args.cfg, [*args.overrides, *make_files(asked, folder)])
-        for stage in VIEWS:
+        for part in (*VIEWS, "samples"):
             with contextlib.redirect_stdout(sys.stderr):
-                figures[stage] = measure(stage, cfg, args.steps)
-            cells = [f"{value:.4g}" for value in figures[stage].values()]
-            print(f"| {' | '.join([stage, *cells])} |", flush=True)
+                measure = measure_steps if part in VIEWS else measure_samples
+                figures[part] = measure(part, cfg, args.steps)
+            cells = [f"{value:.4g}" for value in figures[part].values()]
+            print(f"| {' | '.join([part, *cells])} |", flush=True)
     write_text(args.out, json.dumps(figures, indent=1) + "\n")
 
 
@@ -96,7 +97,7 @@ def bare_networks(run, images):
     run.state["optimizer"].zero_grad()
 
 
-def measure(stage, cfg, steps):
+def measure_steps(stage, cfg, steps):
     """Return the medians of a stage's steps and of its bare networks, and their ratio.
 
     first: the first step, which compiles and chooses kernels. GiB: the peak of the process so far.
@@ -111,9 +112,29 @@ def measure(stage, cfg, steps):
         model = build_segmenter(num_classes=len(classes(cfg)), **cfg.model)
         first.save(first.result, 0, {"student": first.place(model)})
         selftrain.train(run, first.result, run.folder / "pseudo_labels", source, target)
-    ours, bare = (statistics.median(seconds[SETTLE:]) for seconds in run.times)
-    found = {"seconds": ours, "bare": bare, "ratio": ours / bare}
-    return found | {"first": run.times[0][0], "GiB": memory_gb(run.device)}
+    return ratio(*run.times) | {"first": run.times[0][0], "GiB": memory_gb(run.device)}
+
+
+def measure_samples(_, cfg, steps):
+    """Return the medians of a warm-up's sample and of decoding its files, and their ratio."""
+    source = Images(cfg, "source", True)
+    aligned = {"translated": translated_images(cfg, source)}
+    crops = Crops(cfg, "bench", "source", source, cfg.warmup.batch, len(source), aligned=aligned)
+    files = source.image, lambda i: read_label(source.label_paths[i]), aligned["translated"]
+    times = [], []
+    for n in range(5 * steps + SETTLE):
+        for kept, reads in zip(times, ([crops.__getitem__], files), strict=True):
+            started = time.process_time()
+            for read in reads:
+                read(n % len(source))
+            kept.append(time.process_time() - started)
+    return ratio(*times)
+
+
+def ratio(ours, bare):
+    """Return the medians of two lists of seconds, and their ratio."""
+    ours, bare = (statistics.median(seconds[SETTLE:]) for seconds in (ours, bare))
+    return {"seconds": ours, "bare": bare, "ratio": ours / bare}
 
 
 def now(device):

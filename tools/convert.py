@@ -13,12 +13,12 @@ pytorch-CycleGAN-and-pix2pix -> a translated image for each one of cfg.source, i
 translation.images.
 """
 
+import functools
 import sys
-import tempfile
+import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to be run by its path too
@@ -31,7 +31,7 @@ from engine.loop import Run
 from layouts import classes
 from models import build_segmenter, load_exactly
 from settings import load_config
-from translate_cyclegan import Generator, ResidualBlock, layer, write
+from translate_cyclegan import Generator, ResidualBlock, generate, layer, write
 
 BGR_MEAN = (104.00698793, 116.66876762, 122.67891434)  # of images in 0 ... 255
 STUDENT = {"network": "deeplab_v2_resnet101", "output_stride": 8, "channels": 256, "weights": None}
@@ -62,20 +62,8 @@ def main():
     if args.kind == "translator":
         load = authors_translator if Path(args.path).is_dir() else cyclegan
         run, source = Run(cfg, "translator", "translation"), Images(cfg, "source", labelled=False)
-        generator = run.place(load(args.path))
-
-        @torch.no_grad()
-        def translate(sample):
-            height, width = sample["shape"]
-            image = run.fetch(sample["image"][None])
-            image = F.pad(image, (0, -width % 4, 0, -height % 4), mode="reflect")
-            with run.autocast():
-                image = generator(image)[0, :, :height, :width]
-            return image.mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
-
-        with tempfile.NamedTemporaryFile() as begun:  # `write` leaves alone what is newer
-            run.result = Path(begun.name)
-            write(run, translate, source, Path(args.out))
+        translate = functools.partial(generate, run, run.place(load(args.path)))
+        write(translate, run, source, Path(args.out), time.time())
         print(f"translation.images={args.out} uses them")
         return
     state = student(args.path, cfg) if args.kind == "student" else backbone(args.path)

@@ -19,9 +19,7 @@ ROOT = Path(__file__).parent.parent
 KEPT = ("config.yaml", "environment.json", "results.json", "log.jsonl")
 PAGES = ("README.md", "docs/results.md")
 MARK = re.compile(r"(<!-- entries: (.+) -->\n)(?:\n?\|.*\n)*")
-COLUMNS = (
-    "entry|source → target|network|source only|warm-up|self-training|oracle|closed|hours|commit"
-)
+HEADS = "entry|source → target|network|source only|warm-up|self-training|oracle|closed|hours|commit"
 
 
 def main():
@@ -43,7 +41,7 @@ def pages(root):
 
     def table(found):
         if found[2] == "all":
-            head, *rows = COLUMNS.split("|"), *map(line, entries.values())
+            head, *rows = HEADS.split("|"), *map(line, entries.values())
         else:
             head, *rows = stages([entries[name] for name in found[2].split()])
         rows = [head, ["---"] * len(head), *rows]

@@ -51,8 +51,7 @@ mpl.rcParams.update({
 def main():
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run")
-    words = "print a table of the scores, and write no page"
-    parser.add_argument("--format", choices=("md", "latex", "csv"), help=words)
+    parser.add_argument("--format", choices=("md", "latex", "csv"), help="print a table instead")
     args = parser.parse_args()
     runs = [read_run(Path(folder)) for folder in args.runs]
     if args.format:

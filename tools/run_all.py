@@ -59,22 +59,17 @@ def commands(path, overrides, imported=None):
 
 def minutes_left(cfg, stages):
     """Return words: the time that trainings take at the pace of the last finished one, or none."""
-
-    def work(stage):
+    work = {}
+    for stage, passes in PASSES.items():
         options = cfg.selftrain if stage == "selftrain" else cfg.warmup
-        rounds = cfg.selftrain.rounds if stage == "selftrain" else 1
-        return PASSES[stage] * sum(options.batch) * options.steps * rounds
-
+        work[stage] = passes * sum(options.batch) * options.steps * options.get("rounds", 1)
     log = read_log(Path(cfg.output) / cfg.name / "log.jsonl")
-    ended = {stage: end for stage, (_, end) in log.items() if end}
-    # of self-training, only the last round's time is known
-    paces = [ended[x]["seconds"] / work(x) for x in ended if x in PASSES and x != "selftrain"]
-    later = [stage for stage in stages if stage in PASSES]
-    if not (paces and later):
-        return ""
-    minutes = paces[-1] * sum(map(work, later)) / 60
-    others = ", without the translation" if "translate" in stages else ""
-    return f": about {minutes:.0f} minutes of training are left{others}"
+    ended = {stage: end["seconds"] for stage, (_, end) in log.items() if end}
+    # self-training notes the time of its last round alone
+    paces = [ended[x] / work[x] for x in ended if x in work and x != "selftrain"]
+    later = [work[stage] for stage in stages if stage in work]
+    minutes = paces[-1] * sum(later) / 60 if paces else 0
+    return f": about {minutes:.0f} minutes of training networks are left" if minutes else ""
 
 
 def run(module, line):
