@@ -41,8 +41,7 @@ STRONG = 1.0  # beta: the augmented image is not blended with the image
 
 def main():
     parser = arguments(__doc__)
-    methods = (*PLAIN, "source_strong", *ADAPTING)
-    parser.add_argument("--method", choices=methods, required=True)
+    parser.add_argument("--method", choices=(*PLAIN, "source_strong", *ADAPTING), required=True)
     parser.add_argument("--force", action="store_true", help="replace an earlier result")
     args = parser.parse_intermixed_args()
     cfg = load_config(args.cfg, args.overrides)

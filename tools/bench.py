@@ -1,7 +1,6 @@
 """Time steps against their bare networks, samples against decoding their files; images are made up.
 
     python -m tools.bench --cfg config.yaml          # on the device of the configuration
-    python -m tools.bench --cfg config.yaml precision=bf16 compile=true
 
 Both sides of a ratio take turns in one process. Prints a Markdown table of medians, seconds where
 nothing else is said, and writes the same to a JSON file.

@@ -3,8 +3,8 @@
     python -m tools.entries runs/demo runs/demo_seed1     # adds entries, or replaces those so named
     python -m tools.entries                               # writes the tables alone
 
-A table stands below a line `<!-- entries: NAME ... -->`, with a column for each name; below
-`<!-- entries: all -->` it has a line for each entry.
+A table stands below a line `<!-- entries: HEAD=NAME,NAME ... -->`, with a column for each head: the
+mean and the deviation of the entries so named. Below `<!-- entries: all -->` each has a line.
 """
 
 import re
@@ -13,7 +13,7 @@ from pathlib import Path
 from engine.command import Parser, command
 from engine.files import write_text
 from evaluate import STAGES
-from tools.runs import REFERENCES, gap_closed, read_run, title
+from tools.runs import REFERENCES, gap_closed, in_words, read_run, summary, title
 
 ROOT = Path(__file__).parent.parent
 KEPT = ("config.yaml", "environment.json", "results.json", "log.jsonl")
@@ -43,7 +43,9 @@ def pages(root):
         if found[2] == "all":
             head, *rows = HEADS.split("|"), *map(line, entries.values())
         else:
-            head, *rows = stages([entries[name] for name in found[2].split()])
+            groups = dict(group.split("=") for group in found[2].split())
+            groups = {x: [entries[y] for y in names.split(",")] for x, names in groups.items()}
+            head, *rows = stages(groups)
         rows = [head, ["---"] * len(head), *rows]
         return found[1] + "\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
@@ -51,23 +53,25 @@ def pages(root):
     return {path: MARK.sub(table, path.read_text(encoding="utf-8")) for path in paths}
 
 
-def figures(run, stages):
+def figures(runs, stages):
     """Return the texts of the stages' mIoU, with those of the subsets, and of the closed gap."""
     texts = []
-    for scores in (run["results"].get(stage, {}) for stage in stages):
-        subsets = (f" ({x:.1f})" for key, x in scores.items() if key.startswith("miou_"))
-        miou = scores.get("miou")
-        texts.append("-" if miou is None else f"{miou:.1f}{''.join(subsets)}")
-    gap = gap_closed(run["results"], "selftrain")
+    for stage in stages:
+        scores = [run["results"].get(stage, {}) for run in runs]
+        keys = ["miou", *sorted({k for x in scores for k in x if k.startswith("miou_")})]
+        mean, *subsets = (in_words(*summary([x.get(k) for x in scores])) for k in keys)
+        texts.append(mean + "".join(f" ({x})" for x in subsets))
+    gap = summary([gap_closed(run["results"], "selftrain") for run in runs])[0]
     return [*texts, "-" if gap is None else f"{gap:.0f}%"]
 
 
-def stages(runs):
-    """Return rows of the stages' mIoU, a column for each run."""
-    there = [s for s in STAGES if any(s in run["results"] for run in runs)]
+def stages(groups):
+    """Return rows of the stages' mIoU, a column for each group of runs."""
+    there = {stage for runs in groups.values() for run in runs for stage in run["results"]}
+    there = [stage for stage in STAGES if stage in there]
     names = ["DiGA, " * s.startswith(("warmup", "selftrain")) + title(s) for s in there]
     columns = [["mIoU", *names, "share of the gap that is closed"]]
-    columns += [[run["folder"].name, *figures(run, there)] for run in runs]
+    columns += [[x.replace("_", " "), *figures(runs, there)] for x, runs in groups.items()]
     rows = list(zip(*columns, strict=True))
     return rows if {*REFERENCES} <= {*there} else rows[:-1]
 
@@ -77,7 +81,7 @@ def line(run):
     cfg, commit = run["config"], run["environment"].get("commit") or "-"
     hours = sum(end.get("seconds") or 0 for _, end in run["log"].values() if end) / 3600
     data = f"{cfg.source.root} → {cfg.target.root}".replace("data/", "")
-    scores = figures(run, ("source_only", "warmup", "selftrain", "oracle"))
+    scores = figures([run], ("source_only", "warmup", "selftrain", "oracle"))
     link = f"[{run['folder'].name}](results/{run['folder'].name})"
     return [link, data, cfg.model.network, *scores, f"{hours:.1f}", commit[:9]]
 

@@ -8,9 +8,7 @@ appearance: palette, texture, light, haze, blur, noise, vignetting.
 Every file is a pure function of (seed, split, number).
 """
 
-import signal
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -317,18 +315,14 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="another world (default: %(default)s)")
     args = parser.parse_intermixed_args()
     cfg = load_config(args.cfg, args.overrides)
-    roots = cfg.source.root, cfg.target.root
     mark = Path(cfg.source.root) / "complete.txt"
     text = f"seed {args.seed}, {SPLITS}\n"
     if mark.exists() and mark.read_text(encoding="utf-8") == text:
         print(f"demo data: {cfg.source.root} and {cfg.target.root} are complete")
         return
     jobs = [(split, number) for split, count in SPLITS.items() for number in range(count)]
-    # Ctrl-C goes to all processes of a terminal; the parent alone answers it
-    ignore = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
-    with ProcessPoolExecutor(**ignore) as pool:
-        done = pool.map(partial(write, args.seed, *roots), *zip(*jobs, strict=True), chunksize=8)
-        list(tqdm(done, total=len(jobs), disable=None))
+    for split, number in tqdm(jobs, disable=None):
+        write(args.seed, cfg.source.root, cfg.target.root, split, number)
     write_text(mark, text)
 
 

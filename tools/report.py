@@ -33,6 +33,7 @@ from settings import DEFAULTS, WHOLE, load_config
 from tools.runs import gap_closed, in_order, print_table, read_run, settings_of, title
 from tools.templates import render
 
+PAINTED = ("labels", "prediction", "truth")  # ends of the names of pictures of classes
 SHARES = ("kept", "precision", "probability_accuracy")  # keys of the log, of pseudo-labels
 # stages whose losses are the sums of the same terms: one chart
 COMPARABLE = ("source_only|source_strong|oracle", "dacs|daformer", r"selftrain(_round\d+)?")
@@ -208,14 +209,12 @@ def gallery(run, images, even=4, worst=3):
 def samples(run):
     """Return heading -> [("", tiles)]: the last pictures that each stage showed, in their order."""
     rows = {}
-    for stage in run["log"]:
+    for stage in in_order(path.name for path in (run["folder"] / "samples").glob("*")):
         paths = (run["folder"] / "samples" / stage).glob("*.png")
-        tiles = []
-        for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns):
-            is_label = path.stem.endswith(("labels", "prediction", "truth"))
-            tiles.append(tile(path.stem.replace("_", " "), read_image(path), is_label))
-        if tiles:
-            rows[f"The last step: {title(stage)}"] = [("", tiles)]
+        paths = sorted(paths, key=lambda path: path.stat().st_mtime_ns)
+        named = [(path, path.stem.replace("_", " ")) for path in paths]
+        tiles = [tile(x, read_image(path), x.endswith(PAINTED)) for path, x in named]
+        rows[f"The last step: {title(stage)}"] = [("", tiles)]
     return rows
 
 

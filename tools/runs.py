@@ -110,6 +110,11 @@ def summary(figures):
     return statistics.mean(figures) if figures else None, spread, figures
 
 
+def in_words(mean, spread, *_):
+    """Return "mean ± deviation", without what is None."""
+    return " ± ".join(f"{x:.1f}" for x in (mean, spread) if x is not None) or "-"
+
+
 def print_table(runs, form):
     """Print a paper's table of mean and deviation, a row for each setting and stage.
 
@@ -124,7 +129,7 @@ def print_table(runs, form):
             if form == "csv":
                 texts = ["" if x is None else f"{x:.3f}" for pair in pairs for x in pair]
             else:
-                texts = [" ± ".join(f"{x:.1f}" for x in y if x is not None) or "-" for y in pairs]
+                texts = [in_words(*pair) for pair in pairs]
             count = str(len(cells["mIoU"][2]))
             rows.append([group[0]["folder"].name, title(stage), count, *texts])
     if form == "csv":
