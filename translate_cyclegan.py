@@ -40,18 +40,15 @@ def main():
     cfg.accumulate = min(cfg.accumulate, sum(cfg.translation.batch))
     run = Run(cfg, "translator", "translation")
     source = Images(cfg, "source", labelled=True)
-    if cfg.translation.images:
-        folder = cfg.translation.images
-    else:
+    folder = cfg.translation.images or run.folder / "translated"
+    if not cfg.translation.images:
         target = Images(cfg, "target", labelled=False)
         if not run.is_finished(args.force, [source, target]):
-            source.check()
-            target.check()
+            checked = source.check(), target.check()
             if cfg.translation.method == "cyclegan":
-                train(run, source, target)
+                train(run, *checked)
             else:
                 run.save(run.result, 0, {})
-        folder = run.folder / "translated"
         made = decided_by_first(lambda: run.result.stat().st_mtime)
         write(translator(run, target, len(source)), run, source, folder, made)
     translated = translated_images(cfg, source)
