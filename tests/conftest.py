@@ -44,6 +44,8 @@ FORKS.set_forkserver_preload([*SCRIPTS, *OTHERS])
 SIZE = (48, 64)
 CLASSES = {"road": [128, 64, 128], "car": [0, 0, 142], "sky": [70, 130, 180]}
 IDS = {"road": 7, "car": 26, "sky": 23}
+PALETTE = np.zeros((256, 3), np.uint8)  # the colour of each id
+PALETTE[list(IDS.values())] = list(CLASSES.values())
 # the two stages that frame a result, as commands
 SOURCE_ONLY = ("tools.baselines", "--method", "source_only")
 ORACLE = ("tools.baselines", "--method", "oracle")
@@ -73,10 +75,7 @@ def picture(seed, size=SIZE):
         top, left = rng.integers(10, size[0] - 14), rng.integers(0, size[1] - 16)
         label[top : top + 12, left : left + 16] = IDS["car"]
     label[:4, :4] = 0
-    colours = np.zeros((256, 3))
-    for name, colour in CLASSES.items():
-        colours[IDS[name]] = colour
-    image = np.clip(colours[label] + rng.normal(0, 12, (*size, 3)), 0, 255).astype(np.uint8)
+    image = np.clip(PALETTE[label] + rng.normal(0, 12, (*size, 3)), 0, 255).astype(np.uint8)
     return image, label
 
 
@@ -244,6 +243,17 @@ def main(script, *arguments):
         command(importlib.import_module(script).main)
 
 
+def outcome(capsys, script, *arguments):
+    """Run main(); return the exit code, stdout and stderr."""
+    capsys.readouterr()
+    code = 0
+    try:
+        main(script, *arguments)
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
 class Killed(BaseException):
     """Ends a run in this process, as SIGKILL ends a process."""
 
@@ -320,17 +330,7 @@ def run(dataset, capsys):
     A script is named as a module: "warmup", "tools.report". It runs in this process. Returns the
     exit code, stdout and stderr.
     """
-
-    def call(script, *arguments):
-        capsys.readouterr()
-        code = 0
-        try:
-            main(script, *arguments)
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return call
+    return lambda script, *arguments: outcome(capsys, script, *arguments)
 
 
 @pytest.fixture

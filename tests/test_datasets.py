@@ -4,15 +4,14 @@ from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import CLASSES, IDS, SIZE, ok, paletted_png, picture, refused, save
+from conftest import CLASSES, IDS, PALETTE, SIZE, ok, paletted_png, picture, refused, save
 from PIL import Image
 
 import datasets
 from datasets import Crops, Images, Whole
 from engine import folders
 from engine.config import UserError
-from engine.folders import Aligned
-from engine.images import read_image, read_label, resize
+from engine.images import read_label, resize
 from engine.loop import Run
 
 
@@ -29,15 +28,12 @@ def as_classes(label):
 def test_gta5_with_paletted_labels_of_equal_colours(dataset, config):
     palette = np.random.default_rng(0).integers(0, 255, (35, 3))
     palette[34] = palette[IDS["car"]]  # as in GTA5, where two ids are drawn in one colour
-    for i in range(6):
-        image, label = picture(i)
-        label[-4:, -4:] = 34
-        (dataset / f"game/labels/{i:05d}.png").write_bytes(paletted_png(label, palette))
     images = Images(config(), "source", labelled=True)
     assert len(images) == 6
     for i in range(6):
         image, label = picture(i)
         label[-4:, -4:] = 34
+        (dataset / f"game/labels/{i:05d}.png").write_bytes(paletted_png(label, palette))
         assert np.array_equal(images.image(i), image)
         assert np.array_equal(images.label(i), as_classes(label))
 
@@ -110,24 +106,14 @@ def test_a_layout_is_a_pair_of_patterns(dataset, config, place):
 # ---------------------------------------------------------------- what files may hold
 
 
-def in_colours(label):
-    colours = np.zeros((*label.shape, 3), np.uint8)
-    for name, colour in CLASSES.items():
-        colours[label == IDS[name]] = colour
-    return colours
-
-
 @pytest.mark.parametrize("how", ["rgb", "palette", "mapping"])
 def test_labels_in_colours_equal_those_of_numbers(dataset, config, how):
     expected = [Images(config(), "source", labelled=True).label(i) for i in range(6)]
-    palette = np.zeros((256, 3))
-    for name, colour in CLASSES.items():
-        palette[IDS[name]] = colour
     for i in range(6):
         path, label = dataset / f"game/labels/{i:05d}.png", picture(i)[1]
-        save(path, in_colours(label))
+        save(path, PALETTE[label])
         if how == "palette":
-            path.write_bytes(paletted_png(label, palette))
+            path.write_bytes(paletted_png(label, PALETTE))
     ids = "colours"
     if how == "mapping":
         ids = "{[128, 64, 128]: road, [0, 0, 142]: car, [70, 130, 180]: sky, [1, 2, 3]: null}"
@@ -137,7 +123,7 @@ def test_labels_in_colours_equal_those_of_numbers(dataset, config, how):
 
 def test_a_colour_of_no_class_is_ignored_and_many_are_warned_of(dataset, run, capsys):
     for i in range(6):
-        colours = in_colours(picture(i)[1])
+        colours = PALETTE[picture(i)[1]]
         colours[:30] = 9, 9, 9
         save(dataset / f"game/labels/{i:05d}.png", colours)
     code, _, err = run("warmup", "source.ids=colours", "warmup.crdomix=false", "warmup.steps=1")
@@ -248,19 +234,20 @@ def gradient(dataset, size=(60, 80)):
     return image, label
 
 
-def test_image_label_and_translation_share_one_geometry(dataset, config):
+def test_image_label_and_translations_share_one_geometry(dataset, config):
+    """A translation of the image's size, and one of twice the size."""
     image, _ = gradient(dataset)
     cfg = config("source.sizes=[[48, 64], [60, 80]]")
-    names = Images(cfg, "source", labelled=True).names
-    for name in names:
-        save(dataset / "translated" / name, 255 - image)
-    translated = Aligned(dataset / "translated", names, read_image, "")
+    aligned = {"inverted": lambda _: 255 - image, "twice": lambda _: resize(image, (120, 160))}
     flips = scales = 0
     for n in range(40):
-        sample = crops(cfg, 20, aligned={"translated": translated})[n]
+        sample = crops(cfg, 20, aligned=aligned)[n]
         picture, label = sample["image"].astype(int), sample["label"]
         assert picture.shape == (32, 40, 3)
-        assert np.abs(255 - picture - sample["translated"]).max() <= 1
+        assert np.abs(255 - picture - sample["inverted"]).max() <= 1
+        apart = (picture - sample["twice"])[2:-2, 2:-2]
+        assert np.abs(apart).max() <= 6  # a pixel is 4 and 3
+        assert np.abs(apart.mean((0, 1))).max() < 2
         rows, columns = picture[..., 0] / 4, picture[..., 1] / 3
         # where the label's pixel came from, read off the image: half a pixel of doubt at borders
         inside = (np.abs((rows + 0.5) % 8 - 4) < 3) & (np.abs((columns + 0.5) % 8 - 4) < 3)
@@ -274,22 +261,7 @@ def test_image_label_and_translation_share_one_geometry(dataset, config):
         scales += abs(steps[0] - steps[1]) > 0.05
     assert 8 < flips < 32
     assert scales > 10  # each side has a factor of its own
-
-
-def test_a_translation_of_twice_the_size_gives_the_same_place(dataset, config):
-    image, _ = gradient(dataset)
-    for i in range(6):
-        save(dataset / f"translated/{i:05d}.png", resize(image, (120, 160)))
-    cfg = config("source.sizes=[[48, 64], [60, 80]]")
-    names = Images(cfg, "source", labelled=True).names
-    aligned = {"translated": Aligned(dataset / "translated", names, read_image, "")}
-    for n in range(20):
-        sample = crops(cfg, 20, aligned=aligned)[n]
-        inner = (slice(2, -2), slice(2, -2))
-        apart = sample["image"][inner].astype(int) - sample["translated"][inner]
-        assert np.abs(apart).max() <= 6  # a pixel is 4 and 3
-        assert np.abs(apart.mean((0, 1))).max() < 2
-    save(dataset / "translated/00000.png", resize(image, (60, 120)))
+    aligned = {"translated": lambda i: image if i else resize(image, (60, 120))}
     with pytest.raises(UserError, match=r"translated for 00000\.png: is 120x60, but 80x60"):
         [crops(cfg, 20, aligned=aligned)[n] for n in range(20)]
 

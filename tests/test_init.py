@@ -7,17 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from conftest import ROOT, ok, outcome, refused, save
 
 from datasets import Images
-from engine.command import command
 from settings import load_config
 from tools import own_data
 
-ROOT = Path(__file__).parent.parent
-COLOURS = np.array([[70, 130, 180], [128, 64, 128], [0, 0, 142], [0, 0, 0]])
+COLOURS = np.uint8([[70, 130, 180], [128, 64, 128], [0, 0, 142], [0, 0, 0]])
 NAMES = ["00007", "a", "b_1", "dog", "e5", "z"]
-VALUES = np.array([0, 1, 2, 255])
+VALUES = np.uint8([0, 1, 2, 255])
 
 
 def pictures(seed, size=(48, 64)):
@@ -29,11 +27,6 @@ def pictures(seed, size=(48, 64)):
     label[:4, :4] = 3
     photo = np.clip(COLOURS[label] + rng.normal(40, 12, (*size, 3)), 0, 255)
     return photo.astype(np.uint8), label
-
-
-def save(path, array):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.asarray(array, np.uint8)).save(path)
 
 
 def dataset(root, *patterns, size=(48, 64)):
@@ -50,16 +43,7 @@ def dataset(root, *patterns, size=(48, 64)):
 def run(tmp_path, monkeypatch, capsys):
     """run("--init", ...) runs main() in tmp_path; returns the exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["own_data.py", *map(str, arguments)])
-        try:
-            command(own_data.main)
-        except SystemExit as stop:
-            return stop.code, *capsys.readouterr()
-        return 0, *capsys.readouterr()
-
-    return call
+    return lambda *arguments: outcome(capsys, "tools.own_data", *arguments)
 
 
 FOLDERS = {  # files -> the patterns of images and labels, or the layout's name; then the split
@@ -83,8 +67,7 @@ FOLDERS = {  # files -> the patterns of images and labels, or the layout's name;
 def test_photos_and_their_labels_are_found(tmp_path, run, files):
     dataset(tmp_path / "day", *files.split(", "))
     dataset(tmp_path / "dusk", "p x/#.jpg")
-    code, out, error = run("--init", "day", "dusk")
-    assert code == 0, error
+    out = ok(run("--init", "day", "dusk"))
     cfg = load_config("my.yaml")
     layout = cfg.source.layout
     found = layout if isinstance(layout, str) else " ".join(layout.values())
@@ -108,8 +91,7 @@ def test_what_cannot_be_used_writes_nothing(tmp_path, run):
         ("good", "masks", "give the folder of the photos"),
         ("good", "tiny", "40x40 pixels"),
     ]:
-        code, _, error = run("--init", source, target)
-        assert (code, error.count("\n"), part in error) == (2, 1, True), error
+        refused(run("--init", source, target), part)
         assert not list(tmp_path.glob("*.*"))
 
 
@@ -138,7 +120,7 @@ def test_a_simulator_from_another_folder(tmp_path):
 
 def test_unknown_values_are_all_named(tmp_path, run):
     dataset(tmp_path / "day", "p images/#.jpg", "l labels/#.png")
-    assert run("--init", "day", "day/images")[0] == 0
+    ok(run("--init", "day", "day/images"))
     text = Path("my.yaml").read_text().replace(" 0: class_0", " #").replace(" 255: ", " #")
     Path("my.yaml").write_text(text)
     code, out, error = run("--check", "--cfg", "my.yaml")
