@@ -121,25 +121,22 @@ def test_semantic_edges_are_where_a_neighbour_differs(rng):
     labels = torch.randint(0, 3, (2, 6, 7), generator=rng)
     translated, images = torch.rand(2, 2, 3, 6, 7, generator=rng)
     total = 0.0
-    for b in range(2):
-        for i in range(6):
-            for j in range(7):
-                near = [(i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)]
-                near = [labels[b, y, x] for y, x in near if 0 <= y < 6 and 0 <= x < 7]
-                if any(label != labels[b, i, j] for label in near):
-                    total += (translated[b, :, i, j] - images[b, :, i, j]).abs().sum().item()
+    for b, i, j in itertools.product(range(2), range(6), range(7)):
+        near = [(i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)]
+        near = [labels[b, y, x] for y, x in near if 0 <= y < 6 and 0 <= x < 7]
+        if any(label != labels[b, i, j] for label in near):
+            total += (translated[b, :, i, j] - images[b, :, i, j]).abs().sum().item()
     loss = losses.semantic_edge_loss(translated, images, labels)
     assert loss.item() == pytest.approx(total / images.numel(), rel=1e-5)
 
 
 @pytest.mark.parametrize(("min_pixels", "kept"), [(1, "hard"), (500, "most"), (100_000, "all")])
-def test_ohem_keeps_the_hard_pixels(min_pixels, kept):
+def test_ohem_keeps_the_hard_pixels(rng, min_pixels, kept):
     """Against a loop over pixels in the order of their losses."""
-    g = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, 5, (2, 16, 20), generator=g)
-    logits = torch.randn(2, 5, 16, 20, generator=g) + 4 * F.one_hot(labels, 5).permute(0, 3, 1, 2)
+    labels = torch.randint(0, 5, (2, 16, 20), generator=rng)
+    logits = torch.randn(2, 5, 16, 20, generator=rng) + 4 * F.one_hot(labels, 5).permute(0, 3, 1, 2)
     labels[0, :3] = 255
-    weights, pixels = torch.rand(labels.shape, generator=g), []
+    weights, pixels = torch.rand(labels.shape, generator=rng), []
     for b, row, column in (labels != 255).nonzero().tolist():
         p = logits[b, :, row, column].softmax(0)[labels[b, row, column]].item()
         pixels.append((p, -math.log(p), -math.log(p) * weights[b, row, column].item()))

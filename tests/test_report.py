@@ -101,10 +101,8 @@ def test_a_run_with_labels(made):
 
 
 def test_several_runs_and_their_tables(made, capsys):
-    runs = [
-        made("one", SCORES),
-        made("two", SCORES | {"selftrain": 64.0}, "seed=1", "translation.images=x"),
-    ]
+    runs = [made("one", SCORES)]
+    runs.append(made("two", SCORES | {"selftrain": 64.0}, "seed=1", "translation.images=x"))
     runs.append(made("odd_one", {"selftrain": 61.0}, "selftrain.labels=feature"))
     main("tools.report", *runs)
     page = Page(runs[0].parent / "comparison.html")
