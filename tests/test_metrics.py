@@ -2,6 +2,7 @@
 
 import math
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -113,3 +114,16 @@ def test_the_network_of_the_most_shared_information_is_the_one_to_use_but_not_th
     results = {"selftrain_round1": {"information": 89.0}, "selftrain": {"information": 88.5}}
     assert advice(results).startswith("Without labels, selftrain is")
     assert advice({"warmup": {"information": 80.0}, "oracle": {"information": 90.0}}) == ""
+
+
+def test_edges_and_noise_by_plain_differences():
+    image = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
+    luma = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(float)
+    half = luma.reshape(6, 2, 8, 2).mean((1, 3))
+    across, down = half[:, 2:] - half[:, :-2], half[2:] - half[:-2]
+    across = across[:-2] + 2 * across[1:-1] + across[2:]
+    down = down[:, :-2] + 2 * down[:, 1:-1] + down[:, 2:]
+    edges, noise = metrics.edges_and_noise(image)
+    np.testing.assert_allclose(edges[1:-1, 1:-1], np.hypot(across, down), rtol=1e-4)
+    twice = np.diff(np.diff(np.pad(luma, 1, mode="reflect"), n=2, axis=0), n=2, axis=1)
+    assert noise == pytest.approx(np.median(np.abs(twice)))
