@@ -21,7 +21,7 @@ from engine.files import load_tensors
 from engine.images import image_writer, resize
 from engine.log import progress
 from engine.loop import Run, micro_batch_size
-from engine.processes import all_gather_rows, decided_by_first, rank, world
+from engine.processes import all_gather_rows, barrier, decided_by_first, rank, world
 from layouts import classes
 from losses import semantic_edge_loss
 from metrics import judge_translation
@@ -51,9 +51,9 @@ def main():
                 run.save(run.result, 0, {})
         made = decided_by_first(lambda: run.result.stat().st_mtime)
         write(translator(run, target, len(source)), run, source, folder, made)
-    translated = translated_images(cfg, source)
+        barrier()  # for the images of all processes
+    judge_translation(run, source, translated_images(cfg, source))
     print(f"translator: {len(source)} translated images are in {folder}")
-    judge_translation(run, source, translated)
 
 
 def train(run, source, target):
