@@ -69,7 +69,7 @@ def minutes_left(cfg, stages):
     paces = [ended[x] / work[x] for x in ended if x in work and x != "selftrain"]
     later = [work[stage] for stage in stages if stage in work]
     minutes = paces[-1] * sum(later) / 60 if paces else 0
-    return f": about {minutes:.0f} minutes of training networks are left" if minutes else ""
+    return f": {minutes:.1f} min of training networks left" if minutes else ""
 
 
 def run(module, line):
