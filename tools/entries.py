@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 KEPT = ("config.yaml", "environment.json", "results.json", "log.jsonl")
 PAGES = ("README.md", "docs/results.md")
 MARK = re.compile(r"(<!-- entries: (.+) -->\n)(?:\n?\|.*\n)*")
-HEADS = "entry|source → target|network|source only|warm-up|self-training|oracle|closed|hours|commit"
+HEAD = "entry|source → target|network|source only|warm-up|self-training|oracle|closed|hours|commit"
 
 
 def main():
@@ -41,7 +41,7 @@ def pages(root):
 
     def table(found):
         if found[2] == "all":
-            head, *rows = HEADS.split("|"), *map(line, entries.values())
+            head, *rows = HEAD.split("|"), *map(line, entries.values())
         else:
             groups = dict(group.split("=") for group in found[2].split())
             groups = {x: [entries[y] for y in names.split(",")] for x, names in groups.items()}
