@@ -20,7 +20,7 @@ from losses import probability_labels
 from models import recalibrate_batchnorm
 
 SCALES, COMPARED = (1.0, 0.5), 50  # of shared_information: scales, number of images
-# of translations: useful ones keep 0.6 to 1 of the edges, with up to 1.5 times the noise; swapped,
+# of translations: useful ones keep 0.7 to 1 of the edges, with up to 1.5 times the noise; swapped,
 # mirrored and shifted ones keep less than 0.25, a checkerboard has 1.9 times the noise
 KEPT, NOISE = 0.4, 1.7
 

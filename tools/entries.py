@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 KEPT = ("config.yaml", "environment.json", "results.json", "log.jsonl")
 PAGES = ("README.md", "docs/results.md")
 MARK = re.compile(r"(<!-- entries: (.+) -->\n)(?:\n?\|.*\n)*")
-HEAD = "entry|source → target|network|source only|warm-up|self-training|oracle|closed|hours|commit"
+HEAD = "entry|data|network|source only|warm-up|self-training|oracle|closed|hours|commit"
 
 
 def main():
