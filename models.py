@@ -337,13 +337,13 @@ def _load_backbone(model, network, weights):
             raise UserError(f"{fault}; {remedy}") from error
     else:
         state = load_tensors(weights)
-    for name in ("state_dict", "model"):
-        state = state.get(name, state)
-    for name in ("module.", "backbone.", "encoder."):
-        state = {key.removeprefix(name): value for key, value in state.items()}
+    wrapped = [value for value in state.values() if isinstance(value, dict)]
+    state = max(wrapped, key=len, default=state)  # beside a few options, or an optimizer
     for name in ("mean", "std"):
         if name in state:
             model.get_buffer(name).copy_(state.pop(name))
+    for name in ("module.", "backbone.", "encoder."):
+        state = {k[len(name) :]: x for k, x in state.items() if k.startswith(name)} or state
     unused = ("fc.", "classifier.", "features.18.", "head.")
     state = {key: value for key, value in state.items() if not key.startswith(unused)}
     load_exactly(model.backbone, state, weights)

@@ -96,8 +96,10 @@ def test_the_rate_of_a_transformer_decays_by_block():
 def test_weights_in_the_wrappers_that_projects_put_around_them(tmp_path, prefix):
     theirs = torchvision.models.resnet18().state_dict()
     wrapped = {f"{prefix}{key}": value for key, value in theirs.items()}
-    wrapped |= {"head.fc.weight": torch.zeros(3), "fc.bias": torch.zeros(2)}
-    for file in (wrapped, {"model": wrapped}, {"state_dict": wrapped, "epoch": 3}):
+    wrapped |= {f"{prefix}head.weight": torch.zeros(3), f"{prefix}fc.bias": torch.zeros(2)}
+    wrapped |= {"decode_head.conv_seg.weight": torch.zeros(19)} if prefix else {}
+    named = {"state_dict": wrapped, "arch": "resnet18", "optimizer": {"state": {}}}
+    for file in (wrapped, {"model": wrapped}, {"student": wrapped, "teacher": wrapped}, named):
         torch.save(file, tmp_path / "weights.pth")
         backbone = segmenter(weights=str(tmp_path / "weights.pth")).backbone.state_dict()
         assert all(torch.equal(value, theirs[key]) for key, value in backbone.items())
