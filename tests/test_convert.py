@@ -127,12 +127,17 @@ def test_a_generator_of_cyclegan(run, dataset):
     generator = Generator(8, 2)
     saved = {f"module.{key}": value for key, value in generator.state_dict().items()}
     saved["module.model.2.running_mean"] = torch.zeros(8)
+    with_dropout = {key.replace("block.5", "block.6"): value for key, value in saved.items()}
     path = dataset / "latest_net_G_A.pth"
-    torch.save(saved, path)
     image = torch.from_numpy(picture(2)[0]).permute(2, 0, 1)[None] / 255
     with torch.no_grad():
         expected = generator(image)
-        assert torch.equal(cyclegan(path)(image), expected)
-    ok(run("tools.convert", "translator", path, "--out", dataset / "out"))
+        for file in (with_dropout, saved):
+            torch.save(file, path)
+            assert torch.equal(cyclegan(path)(image), expected)
+    given = "tools.convert", "translator", path, "--out", dataset / "out"
+    ok(run(*given))
     written = read_image(dataset / "out/00002.jpg")
     assert np.abs(written - expected[0].permute(1, 2, 0).numpy() * 255).mean() < 4
+    torch.save(saved | {"module.model.2.weight": torch.zeros(8)}, path)
+    refused(run(*given), "has batch norm")

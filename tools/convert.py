@@ -110,9 +110,13 @@ def mean_and_std(std):
 def cyclegan(path):
     """Return the Generator in a latest_net_G_A.pth. Raises UserError."""
     state = {key.removeprefix("module."): value for key, value in load_tensors(path).items()}
+    if "model.2.weight" in state:
+        raise UserError(f"{path}: has batch norm; only generators with instance norm are read")
     # old PyTorch versions saved statistics of instance norm, which nothing reads
     unused = ("running_mean", "running_var", "num_batches_tracked")
     state = {key: value for key, value in state.items() if not key.endswith(unused)}
+    # with dropout, the second convolution stands one place further
+    state = {key.replace("block.6.", "block.5."): value for key, value in state.items()}
     blocks = len({key.split(".")[1] for key in state if ".conv_block." in key})
     if "model.1.weight" not in state or not blocks:
         raise UserError(f"{path}: holds no ResNet generator of CycleGAN; see --help")
