@@ -84,6 +84,7 @@ def test_a_bare_folder_of_images_and_labels_with_a_palette(dataset, init):
     cfg = load_config(dataset / "my.yaml")
     assert (cfg.target.layout, cfg.target.split, cfg.val.root) == ("flat", None, None)
     assert cfg.target.sizes == [[160, 88], [200, 110]]
+    assert cfg.source.sizes[1] == [128, 171]  # 48x64, with as many pixels as the target
     assert cfg.classes == {f"class_{value}": [value, 50, 90] for value in (7, 23, 26)}
     assert cfg.source.ids[255] is None
     assert len(Images(cfg, "target", False)) == 3

@@ -34,7 +34,7 @@ from tools.find_layout import find_splits, looks, some
 from tools.templates import render
 
 ROOT = Path(__file__).resolve().parent.parent
-LARGEST = 1052 * 1914  # pixels of a training image at most: GTA5's
+LARGEST = 1052 * 1914, 360 * 640  # pixels of a training image at most: GTA5's; without a GPU
 SAMPLED = 200  # at most this many files are read for sizes and label values
 LISTED = 60  # colours that are made classes, the most frequent ones
 NAMED = 20  # values or colours that are printed
@@ -71,7 +71,8 @@ def write_config(source, target, path):
     if path.exists():
         raise UserError(f"{path}: exists already; remove it, or choose another name with --out")
     found = choose(find_splits(source, labelled=True), find_splits(target))
-    values = meaning(found) | {"sizes": {x: training_sizes(found[x]) for x in ("source", "target")}}
+    gpu = torch.cuda.is_available()
+    values = meaning(found) | {"gpu": gpu, "sizes": training_sizes(found, LARGEST[not gpu])}
     name = re.sub(r"[^\w.-]+", "_", path.stem).strip("._-") or "my"
     for domain, x in found.items():
         if not x:
@@ -90,7 +91,6 @@ def write_config(source, target, path):
         "check": shlex.join(["python", f"{here}tools/own_data.py", "--check", "--cfg", str(path)]),
         "run": shlex.join(["bash", f"{here}run_all.sh", str(path)]),
         "base": os.path.relpath(ROOT / "config.yaml", path.parent.resolve()),
-        "gpu": torch.cuda.is_available(),
         "crop": (smallest * 5 // 6 // 16 * 16).tolist(),
         "translation_crop": np.maximum(smallest // 2 // 4 * 4, 32).tolist(),
     }
@@ -112,19 +112,27 @@ def choose(sources, targets):
     return {"source": source, "target": target, "val": val}
 
 
-def training_sizes(x):
-    """Return two [height, width], low and full: the median of a split's images, at most LARGEST.
+def training_sizes(found, largest):
+    """Return {domain: two [height, width], low and full} of source and target, in their own shapes.
 
-    If there are landscape and portrait images, those of the more frequent shape count.
+    Both have the pixels of the larger one, at most `largest`: what is small in one domain alone is
+    not recognised in the other.
     """
+    shapes = {x: median_size(found[x]) for x in ("source", "target")}
+    pixels = min(max(shape.prod() for shape in shapes.values()), largest)
+    sizes = {x: shape * (pixels / shape.prod()) ** 0.5 for x, shape in shapes.items()}
+    return {x: [(size * k).astype(int).tolist() for k in (0.8, 1)] for x, size in sizes.items()}
+
+
+def median_size(x):
+    """Return the median (H, W) of a split's images, of the more frequent of portrait, landscape."""
     sizes = np.array([read_image(path).shape[:2] for path in some(x["images"], SAMPLED)])
     landscape = sizes[:, 1] >= sizes[:, 0]
     size = np.median(sizes[landscape == (landscape.mean() >= 0.5)], axis=0)
     if size.min() < 40:  # a translation's crop is 32, of the low size
         fault = f"the images are {size[1]:.0f}x{size[0]:.0f}; they need 40x40 pixels at least"
         raise UserError(f"{x['root']}: {fault}")
-    size = size * min(1, (LARGEST / size.prod()) ** 0.5)
-    return [(size * scale).astype(int).tolist() for scale in (0.8, 1)]
+    return size
 
 
 def coding_of(x):
