@@ -95,8 +95,7 @@ def test_run_all_from_any_folder_with_a_relative_configuration(dataset):
     options = ["stages=[warmup,oracle]", "warmup.steps=2", "warmup.crdomix=false", "output=out"]
     line = ["bash", ROOT / "run_all.sh", "test.yaml", *options]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    more = {"cwd": dataset, "env": env, "capture_output": True, "text": True}
-    done = subprocess.run(line, check=False, **more)
+    done = subprocess.run(line, check=False, cwd=dataset, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     heads = [line for line in done.stdout.splitlines() if line.startswith("== ")]
     left = re.search(r": \d\.\d min of training networks left", heads[1])[0]

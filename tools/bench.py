@@ -3,11 +3,10 @@
     python -m tools.bench --cfg config.yaml          # on the device of the configuration
 
 Both sides of a ratio take turns in one process. Prints a Markdown table of medians, seconds where
-nothing else is said, and writes the same to a JSON file.
+nothing else is said.
 """
 
 import contextlib
-import json
 import statistics
 import sys
 import tempfile
@@ -20,8 +19,7 @@ import selftrain
 import warmup
 from datasets import Crops, Images, translated_images
 from engine.command import arguments, command
-from engine.device import environment, memory_gb
-from engine.files import write_text
+from engine.device import memory_gb
 from engine.images import read_label, resize, write_image
 from engine.loop import Run
 from layouts import classes
@@ -36,21 +34,17 @@ SETTLE = 2  # the first turns, which do not count
 def main():
     parser = arguments(__doc__)
     parser.add_argument("--steps", type=int, default=10, help="repetitions (%(default)s)")
-    parser.add_argument("--out", default="bench.json", help="the JSON file to write (%(default)s)")
     args = parser.parse_intermixed_args()
     asked = load_config(args.cfg, args.overrides)
-    figures = {"cfg": args.cfg, "overrides": args.overrides}
-    figures |= environment(Run(asked, "bench", "evaluation").device)
     print("| part | seconds | bare | ratio | first | GiB |\n|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         cfg = load_config(args.cfg, [*args.overrides, *make_files(asked, folder)])
         for part in (*VIEWS, "samples"):
             with contextlib.redirect_stdout(sys.stderr):
                 measure = measure_steps if part in VIEWS else measure_samples
-                figures[part] = measure(part, cfg, args.steps)
-            cells = [f"{value:.4g}" for value in figures[part].values()]
+                figures = measure(part, cfg, args.steps).values()
+            cells = [f"{value:.4g}" for value in figures]
             print(f"| {' | '.join([part, *cells])} |", flush=True)
-    write_text(args.out, json.dumps(figures, indent=1) + "\n")
 
 
 class Timed(Run):

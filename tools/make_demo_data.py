@@ -14,7 +14,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to be run by its path too
 
@@ -298,9 +297,9 @@ def render(seed, split, number):
     return (np.clip(image, 0, 1) * 255).round().astype(np.uint8), label
 
 
-def write(seed, source, target, split, number):
+def write(source, target, split, number):
     """Write image and label `number` of a split below `source` or `target`."""
-    image, label = render(seed, split, number)
+    image, label = render(0, split, number)
     if split == "game":
         write_image(Path(source) / f"images/{number:05d}.png", image)
         write_image(Path(source) / f"labels/{number:05d}.png", label)
@@ -311,18 +310,16 @@ def write(seed, source, target, split, number):
 
 
 def main():
-    parser = arguments(__doc__, cfg="configs/demo.yaml")
-    parser.add_argument("--seed", type=int, default=0, help="another world (default: %(default)s)")
-    args = parser.parse_intermixed_args()
+    args = arguments(__doc__, cfg="configs/demo.yaml").parse_intermixed_args()
     cfg = load_config(args.cfg, args.overrides)
     mark = Path(cfg.source.root) / "complete.txt"
-    text = f"seed {args.seed}, {SPLITS}\n"
+    text = f"seed 0, {SPLITS}\n"
     if mark.exists() and mark.read_text(encoding="utf-8") == text:
         print(f"demo data: {cfg.source.root} and {cfg.target.root} are complete")
         return
-    jobs = [(split, number) for split, count in SPLITS.items() for number in range(count)]
-    for split, number in tqdm(jobs, disable=None):
-        write(args.seed, cfg.source.root, cfg.target.root, split, number)
+    for split, count in SPLITS.items():
+        for number in range(count):
+            write(cfg.source.root, cfg.target.root, split, number)
     write_text(mark, text)
 
 
