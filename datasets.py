@@ -162,8 +162,7 @@ class RareClasses:
             pixels = np.bincount(images.to_classes(values, i).ravel(), minlength=256)
             return pixels[:num_classes] / pixels.sum()
 
-        everywhere = decided_by_first(lambda: list(threads.map(shares, range(len(images)))))
-        everywhere = np.stack(everywhere)
+        everywhere = np.stack(decided_by_first(lambda: [*threads.map(shares, range(len(images)))]))
         frequency = everywhere.sum(0) / max(everywhere.sum(), 1e-12)
         chance = np.where(frequency > 0, (1 - frequency) / temperature, -np.inf)
         chance = np.exp(chance - chance.max())
@@ -186,7 +185,7 @@ class Crops(Dataset):
     class fills more than cfg.max_class_share of it. Flipped with probability 0.5.
 
     crop: (H, W), by default cfg.crop. rare: above 0, the temperature of RareClasses, which then
-    choose the images; a crop is drawn again, too, while it has hardly any of the chosen class.
+    choose the images, and a class; the crop lies around a random pixel of it.
     aligned: name -> function(i) that reads an array (H, W[, 3]), to crop like image i.
     A sample: image (H, W, 3), label (H, W) of labelled images, the aligned arrays, all uint8; draws
     (DRAWS,) float32 in [0, 1).
@@ -231,13 +230,15 @@ class Crops(Dataset):
         extent = np.maximum(np.rint(self.crop * shape / scaled), 1)  # of the crop, in file's pixels
         for _ in range(6):
             corner = rng.integers(0, shape - extent.astype(int) + 1)
+            if k is not None:  # around a pixel of the class
+                places = np.flatnonzero(self.images.to_classes(values, i) == k)
+                corner = np.unravel_index(rng.choice(places), shape) - rng.integers(0, extent)
             window = _window(image, corner, extent)
             if values is None:
                 break
             label = self.images.to_classes(resize(values[window], self.crop, labels=True), i)
             pixels = cv2.calcHist([label], [0], None, [256], [0, 256])  # of each class
-            enough = k is None or pixels[k] >= self.rare.LEAST / 2 * label.size
-            if enough and pixels.max() <= self.cfg.max_class_share * label.size:
+            if pixels.max() <= self.cfg.max_class_share * label.size:
                 break
         sample = {"image": resize(image[window], self.crop)}
         if values is not None:
@@ -256,9 +257,9 @@ class Crops(Dataset):
 
 
 def _window(array, corner, extent):
-    """Return the slices of a window, of `extent` (h, w) from `corner` (top, left), in an array."""
-    top, left = np.minimum(np.rint(corner), np.array(array.shape[:2]) - 1).astype(int)
+    """Return the slices of a window within an array: `extent` (h, w), about at (top, left)."""
     h, w = np.maximum(np.rint(extent), 1).astype(int)
+    top, left = np.clip(np.rint(corner), 0, np.array(array.shape[:2]) - (h, w)).astype(int)
     return slice(top, top + h), slice(left, left + w)
 
 
