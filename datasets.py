@@ -185,7 +185,7 @@ class Crops(Dataset):
     class fills more than cfg.max_class_share of it. Flipped with probability 0.5.
 
     crop: (H, W), by default cfg.crop. rare: above 0, the temperature of RareClasses, which then
-    choose the images, and a class; the crop lies around a random pixel of it.
+    choose the images; one with hardly any of the chosen class is drawn again, around a pixel of it.
     aligned: name -> function(i) that reads an array (H, W[, 3]), to crop like image i.
     A sample: image (H, W, 3), label (H, W) of labelled images, the aligned arrays, all uint8; draws
     (DRAWS,) float32 in [0, 1).
@@ -228,9 +228,9 @@ class Crops(Dataset):
         if not 1 / 1.1 < (own[0] / size[0]) ** 2 < 1.1:  # as portrait among landscape
             scaled = own * scale * max((self.crop / (own * scale)).max(), 1)
         extent = np.maximum(np.rint(self.crop * shape / scaled), 1)  # of the crop, in file's pixels
-        for _ in range(6):
+        for attempt in range(6):
             corner = rng.integers(0, shape - extent.astype(int) + 1)
-            if k is not None:  # around a pixel of the class
+            if attempt and k is not None:  # around a pixel of the class
                 places = np.flatnonzero(self.images.to_classes(values, i) == k)
                 corner = np.unravel_index(rng.choice(places), shape) - rng.integers(0, extent)
             window = _window(image, corner, extent)
@@ -238,7 +238,8 @@ class Crops(Dataset):
                 break
             label = self.images.to_classes(resize(values[window], self.crop, labels=True), i)
             pixels = cv2.calcHist([label], [0], None, [256], [0, 256])  # of each class
-            if pixels.max() <= self.cfg.max_class_share * label.size:
+            enough = k is None or pixels[k] >= self.rare.LEAST / 2 * label.size
+            if enough and pixels.max() <= self.cfg.max_class_share * label.size:
                 break
         sample = {"image": resize(image[window], self.crop)}
         if values is not None:
