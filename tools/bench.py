@@ -42,8 +42,7 @@ def main():
         for part in (*VIEWS, "samples"):
             with contextlib.redirect_stdout(sys.stderr):
                 measure = measure_steps if part in VIEWS else measure_samples
-                figures = measure(part, cfg, args.steps).values()
-            cells = [f"{value:.4g}" for value in figures]
+                cells = [f"{x:.4g}" for x in measure(part, cfg, args.steps).values()]
             print(f"| {' | '.join([part, *cells])} |", flush=True)
 
 
