@@ -44,8 +44,7 @@ def main():
     add("--images", metavar="PATH", help="segment this folder of images, or this video, instead")
     add("--out", metavar="DIR", help="where the pictures go (default: the run's folder)")
     add("--ids", action="store_true", help="write label values too, for the Cityscapes server")
-    words = "write the probability of each pixel's class too, as 8-bit PNG"
-    add("--confidence", action="store_true", help=words)
+    add("--confidence", action="store_true", help="write the class's probability, as 8-bit PNG")
     args = parser.parse_intermixed_args()
     cfg = configuration(args)
     run = Run(cfg, "evaluate", "evaluation")
@@ -53,8 +52,7 @@ def main():
     stages = sorted(stage for stage in stages if not stage.endswith(".unfinished"))
     stages.sort(key=[*STAGES, *stages].index)
     if not (args.weights or stages):
-        remedy = "run warmup.py first, or give --weights"
-        raise UserError(f"{run.folder}: holds no trained network; {remedy}")
+        raise UserError(f"{run.folder}: holds no trained network; run warmup.py, or give --weights")
     paths = [find(path, cfg) for path in args.weights or [f"{stage}.pth" for stage in stages]]
     if world() > 1 and Path(args.images or "").is_file():
         raise UserError(f"{args.images}: a video is for one process; leave torchrun out")

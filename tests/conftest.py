@@ -64,10 +64,7 @@ def paletted_png(indices, palette, depth=8):
 
 
 def picture(seed, size=SIZE):
-    """Return an RGB image and its label map in Cityscapes' ids.
-
-    There are a road, a sky, some cars and an unlabelled corner.
-    """
+    """Return an image and its label: road, sky, some cars and an unlabelled corner."""
     rng = np.random.default_rng(seed)
     label = np.full(size, IDS["sky"], np.uint8)
     label[size[0] // 2 :] = IDS["road"]

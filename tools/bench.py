@@ -2,8 +2,7 @@
 
     python -m tools.bench --cfg config.yaml          # on the device of the configuration
 
-Both sides of a ratio take turns in one process. Prints a Markdown table of medians, seconds where
-nothing else is said.
+Both sides of a ratio take turns in one process. Prints a Markdown table of medians, in seconds.
 """
 
 import contextlib

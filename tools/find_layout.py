@@ -120,10 +120,7 @@ def rank(splits):
 
 
 def groups_of(files):
-    """Return 40 groups: (folder, extension, first word, last word) -> stem -> name.
-
-    They are the largest one of each folder, then the second one of each, and so on.
-    """
+    """Return 40 groups, the largest of each folder first: (folder, extension, words) -> names."""
     groups, of_folder = defaultdict(dict), defaultdict(list)
     for name in files:
         folder, (path, extension) = dirname(name), splitext(name)
@@ -158,10 +155,7 @@ def guesses(groups, photos):
 
 
 def ends_that_fit(images, labels):
-    """Return the shortest (prefix, suffix) of the images and of the labels, or None.
-
-    They fit if most labels have the name of an image in between.
-    """
+    """Return the shortest (prefix, suffix) of images and labels that fit most labels, or None."""
     few = some(labels, 12)
     tried = itertools.product(*ends_of(min(images)), *ends_of(min(labels)))
     for a, b, c, d in sorted(tried, key=lambda ends: len("".join(ends))):

@@ -75,8 +75,7 @@ def about(run):
     best = judged(run["results"])[0] or (trained[-1] if trained else None)
     if scored:
         best = max(scored, key=lambda stage: own[stage]["miou"])
-    values = flat(cfg, WHOLE)
-    defaults = flat(load_config(DEFAULTS), WHOLE)
+    values, defaults = (flat(x, WHOLE) for x in (cfg, load_config(DEFAULTS)))
     changed = [key for key, value in values.items() if defaults.get(key) != value]
     stages = {stage: x for stage, x in log.items() if x[0]}
     ends = [end for _, end in log.values() if end]

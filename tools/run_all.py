@@ -92,10 +92,7 @@ def run(module, line):
 
 
 def run_all(path, *overrides):
-    """Do the same in this process, where networks may be registered. Raises UserError, SystemExit.
-
-    path: the configuration. overrides: texts of the form key.sub=value.
-    """
+    """Do the same in this process, where networks may be registered. UserError, SystemExit."""
     for module, line in commands(path, overrides):
         sys.argv = [f"{module.rpartition('.')[2]}.py", *line]
         command(importlib.import_module(module).main)

@@ -8,10 +8,7 @@ from engine.files import write_text
 
 
 def render(path, template, /, **values):
-    """Write `path`: a template file of this folder, filled with `values`.
-
-    Values are escaped in HTML. Raises UserError where `path` cannot be written.
-    """
+    """Write `path`: a template of this folder filled with `values`, escaped in HTML; UserError."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     escape, strict = jinja2.select_autoescape(["html.jinja"]), jinja2.StrictUndefined
     blocks = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
