@@ -39,7 +39,7 @@ def test_folders_of_a_game_and_of_cityscapes(dataset, init, run):
     assert (cfg.target.layout, cfg.target.split) == ("cityscapes", "train")
     assert cfg.val.split == "val"
     assert cfg.source.ids == {0: "class_0", 7: "class_7", 23: "class_23", 26: "class_26"}
-    assert (cfg.source.sizes, cfg.warmup.strong) == ([[48, 64], [96, 128]], 0.5)
+    assert cfg.source.sizes == [[48, 64], [96, 128]]
     labels = np.stack([picture(i)[1] for i in (*range(6), 104, 105)])
     for value in (0, 7, 23, 26):
         share = f"{100 * (labels == value).mean():.2f}% of the pixels"
@@ -77,14 +77,13 @@ def test_a_bare_folder_of_images_and_labels_with_a_palette(dataset, init):
         data = paletted_png(np.where(label == 0, 255, label), palette)
         (dataset / f"game/labels/{i:05d}.png").write_bytes(data)
     for i in range(3):
-        save(dataset / f"photos/trip/{i}.jpg", picture(i, (200, 100 + 10 * i))[0] // 4)
+        save(dataset / f"photos/trip/{i}.jpg", picture(i, (200, 100 + 10 * i))[0])
     out = ok(init("game", "photos"))
     assert "target: 3 images, 0 labels" in out and "val: nothing with labels" in out
     cfg = load_config(dataset / "my.yaml")
     assert (cfg.target.layout, cfg.target.split, cfg.val.root) == ("flat", None, None)
     assert cfg.target.sizes == [[160, 88], [200, 110]]
-    # 48x64, with as many pixels as the target, whose photos are dark
-    assert (cfg.source.sizes[0], cfg.selftrain.strong) == ([128, 171], 1)
+    assert cfg.source.sizes[0] == [128, 171]  # 48x64, with as many pixels as the target
     assert cfg.classes == {f"class_{value}": [value, 50, 90] for value in (7, 23, 26)}
     assert cfg.source.ids[255] is None
     assert len(Images(cfg, "target", False)) == 3

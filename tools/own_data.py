@@ -74,7 +74,6 @@ def write_config(source, target, path):
     found = choose(find_splits(source, labelled=True), find_splits(target))
     gpu = torch.cuda.is_available()
     values = meaning(found) | {"gpu": gpu, "sizes": training_sizes(found, LARGEST[not gpu])}
-    values["strong"] = strength(found)
     name = re.sub(r"[^\w.-]+", "_", path.stem).strip("._-") or "my"
     for domain, x in found.items():
         if not x:
@@ -135,16 +134,6 @@ def median_size(x):
         fault = f"the images are {size[1]:.0f}x{size[0]:.0f}; they need 40x40 pixels at least"
         raise UserError(f"{x['root']}: {fault}")
     return size
-
-
-def strength(found):
-    """Return beta of the strong views, 0.4 (the paper's) to 1: by how far the mean values differ.
-
-    Where source and target are equally bright, colour tells lawn from road; by day and at dusk not.
-    """
-    few = ((read_image(path) for path in some(found[x]["images"], SAMPLED)) for x in ENLARGED)
-    source, target = (np.mean([image.mean() for image in images]) for images in few)
-    return round(min(max(abs(source - target) / 60, 0.4), 1), 1)
 
 
 def coding_of(x):
