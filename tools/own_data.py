@@ -35,7 +35,7 @@ from tools.templates import render
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGEST = 1052 * 1914, 360 * 640  # pixels of a training image at most: GTA5's; without a GPU
-ENLARGED = {"source": (1, 2), "target": (0.8, 1)}  # low and high size, of the full one
+SCALES = {"source": (0.8, 1.6), "target": (0.8, 1)}  # low and high size, of the full one
 SAMPLED = 200  # at most this many files are read for sizes and label values
 LISTED = 60  # colours that are made classes, the most frequent ones
 NAMED = 20  # values or colours that are printed
@@ -119,10 +119,10 @@ def training_sizes(found, largest):
     Full size has the pixels of the larger domain, at most `largest`, in both: what is small in one
     domain alone is not recognised in the other.
     """
-    shapes = {x: median_size(found[x]) for x in ENLARGED}
+    shapes = {x: median_size(found[x]) for x in SCALES}
     pixels = min(max(shape.prod() for shape in shapes.values()), largest)
     full = {x: shape * (pixels / shape.prod()) ** 0.5 for x, shape in shapes.items()}
-    return {x: np.outer(scales, full[x]).astype(int).tolist() for x, scales in ENLARGED.items()}
+    return {x: np.outer(scales, full[x]).astype(int).tolist() for x, scales in SCALES.items()}
 
 
 def median_size(x):
