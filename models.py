@@ -337,7 +337,7 @@ def _load_backbone(model, network, weights):
             raise UserError(f"{fault}; {remedy}") from error
     else:
         state = load_tensors(weights)
-    wrapped = [value for value in state.values() if isinstance(value, dict)]
+    wrapped = [x for x in state.values() if isinstance(x, dict) and {*map(type, x)} == {str}]
     state = max(wrapped, key=len, default=state)  # beside a few options, or an optimizer
     for name in ("mean", "std"):
         if name in state:
