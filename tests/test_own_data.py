@@ -39,7 +39,7 @@ def test_folders_of_a_game_and_of_cityscapes(dataset, init, run):
     assert (cfg.target.layout, cfg.target.split) == ("cityscapes", "train")
     assert cfg.val.split == "val"
     assert cfg.source.ids == {0: "class_0", 7: "class_7", 23: "class_23", 26: "class_26"}
-    assert cfg.source.sizes == [[38, 51], [76, 102]]
+    assert cfg.source.sizes == cfg.target.sizes == [[38, 51], [48, 64]]
     labels = np.stack([picture(i)[1] for i in (*range(6), 104, 105)])
     for value in (0, 7, 23, 26):
         share = f"{100 * (labels == value).mean():.2f}% of the pixels"
@@ -78,7 +78,8 @@ def test_a_bare_folder_of_images_and_labels_with_a_palette(dataset, init):
     cfg = load_config(dataset / "my.yaml")
     assert (cfg.target.layout, cfg.target.split, cfg.val.root) == ("flat", None, None)
     assert cfg.target.sizes == [[160, 88], [200, 110]]
-    assert cfg.source.sizes[0] == [102, 137]  # 48x64, with 0.8^2 of the target's pixels
+    # 48x64, with 0.8^2 and 1.6^2 of the target's pixels
+    assert cfg.source.sizes == [[102, 137], [205, 274]]
     assert cfg.classes == {f"class_{value}": [value, 50, 90] for value in (7, 23, 26)}
     assert cfg.source.ids[255] is None
     assert len(Images(cfg, "target", False)) == 3

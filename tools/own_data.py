@@ -36,6 +36,7 @@ from tools.templates import render
 ROOT = Path(__file__).resolve().parent.parent
 LARGEST = 1052 * 1914, 360 * 640  # pixels of a training image at most: GTA5's; without a GPU
 SCALES = {"source": (0.8, 1.6), "target": (0.8, 1)}  # low and high size, of the full one
+OF_ONE_CAMERA = SCALES | {"source": (0.8, 1)}
 SAMPLED = 200  # at most this many files are read for sizes and label values
 LISTED = 60  # colours that are made classes, the most frequent ones
 NAMED = 20  # values or colours that are printed
@@ -117,12 +118,14 @@ def training_sizes(found, largest):
     """Return {domain: two [height, width], low and high} of source and target, in their own shapes.
 
     Full size has the pixels of the larger domain, at most `largest`, in both: what is small in one
-    domain alone is not recognised in the other.
+    domain alone is not recognised in the other. The source is enlarged, because a game's camera
+    often sees wider than a real one; images of equal sizes are taken for those of one camera.
     """
     shapes = {x: median_size(found[x]) for x in SCALES}
     pixels = min(max(shape.prod() for shape in shapes.values()), largest)
     full = {x: shape * (pixels / shape.prod()) ** 0.5 for x, shape in shapes.items()}
-    return {x: np.outer(scales, full[x]).astype(int).tolist() for x, scales in SCALES.items()}
+    scales = OF_ONE_CAMERA if np.array_equal(*shapes.values()) else SCALES
+    return {x: np.outer(scales[x], full[x]).astype(int).tolist() for x in scales}
 
 
 def median_size(x):
