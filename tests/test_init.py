@@ -66,8 +66,10 @@ FOLDERS = {  # files -> the patterns of images and labels, or the layout's name;
 @pytest.mark.parametrize("files", FOLDERS)
 def test_photos_and_their_labels_are_found(tmp_path, run, files):
     dataset(tmp_path / "day", *files.split(", "))
-    dataset(tmp_path / "dusk", "p x/#.jpg")
+    kind = "l" if ", l " in files else "c"
+    dataset(tmp_path / "dusk", "p train/#.jpg", "p val/x/#.jpg", f"{kind} val/y/#.png")
     out = ok(run("--init", "day", "dusk"))
+    assert ("day: left out: nothing" in out) == (files.count(",") == 1)
     cfg = load_config("my.yaml")
     layout = cfg.source.layout
     found = layout if isinstance(layout, str) else " ".join(layout.values())
@@ -77,7 +79,8 @@ def test_photos_and_their_labels_are_found(tmp_path, run, files):
     for i, name in zip(range(len(images)), NAMES, strict=True):
         assert name in images.names[i] and name in images.label_paths[i].name
         assert images.image(i).std() > 30
-    assert len(Images(cfg, "target", False)) == 6
+    assert len(Images(cfg, "target", False)) == len(Images(cfg, "val", True)) == 6
+    assert (cfg.target.split, cfg.val.split) == ("train", "val")
 
 
 def test_what_cannot_be_used_writes_nothing(tmp_path, run):

@@ -39,7 +39,10 @@ def find_splits(root, labelled=False):
     photos = [x for x in groups if looks(root / name for name in groups[x].values())[0] <= 0.5]
     found = (splits_in(root, files, pair) for pair in dict.fromkeys(guesses(groups, photos)))
     if best := max(filter(is_labelled, found), key=rank, default=None):
-        return best
+        known = {None, "*", *(x["split"] for x in best)}  # of the others, some are photos alone
+        photos = {root / name for key in photos for name in groups[key].values()}
+        others = splits_in(root, files, LAYOUTS["flat"][0], labelled=False)
+        return best + [x for x in others if not ({x["split"]} & known or {*x["images"]} - photos)]
     if labelled:
         kinds = (f"{len(names)} files as {min(names.values())}" for names in groups.values())
         fault = f"holds {one_line(', '.join(kinds))}, and no labels of those names, as PNG"

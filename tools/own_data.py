@@ -26,6 +26,7 @@ from datasets import CODE, IGNORED, NO_CLASS, Images
 from engine.command import arguments, command
 from engine.config import UserError, one_line
 from engine.files import write_text
+from engine.folders import list_images
 from engine.images import paint, read_image, read_label, resize, threads, write_image
 from engine.log import progress
 from layouts import classes, label_values
@@ -86,6 +87,11 @@ def write_config(source, target, path):
             x["list"] = path.with_name(f"{name}_{domain}.txt")
             names = (image.relative_to(x["folder"]).as_posix() for image in x["pairs"])
             write_text(x["list"], "\n".join([*names, ""]))
+    read = [(x["pairs"] if x["list"] else x["images"], x["pairs"]) for x in found.values() if x]
+    used = [path for images, labels in read for path in (*images, *labels.values())]
+    for root in dict.fromkeys((source, target)):
+        files = map(root.joinpath, list_images(root, unique=False))
+        print(f"{root}: left out: {left_out(files, used)}")
     smallest = np.minimum(*(low for low, _ in values["sizes"].values()))
     here = "" if Path.cwd() == ROOT else f"{ROOT}/"
     values |= {
@@ -107,7 +113,7 @@ def choose(sources, targets):
     def is_split(x, kind):
         return (x["split"] or "").lower().startswith(kind)
 
-    source = max(sources, key=lambda x: (is_split(x, "train"), len(x["pairs"])))
+    source = max(sources, key=lambda x: (bool(x["pairs"]), is_split(x, "train"), len(x["pairs"])))
     target = max(targets, key=lambda x: (is_split(x, "train"), not x["split"], -len(x["pairs"])))
     others = [x for x in targets if x["pairs"] and x is not target]
     val = max(others, key=lambda x: (is_split(x, "val"), len(x["pairs"])), default=None)
@@ -233,7 +239,9 @@ def check(cfg, domain, images):
             bar.update()
     words = "" if images.labelled else ", labels not read"
     print(f"{domain}: {len(images)} images in {images.folder}{words}")
-    print(f"  left out: {left_out(images)}")
+    used = {images.folder / x for x in images.names} | {*filter(None, images.label_paths)}
+    files = (path for folder in {x.parent for x in used} for path in folder.iterdir())
+    print(f"  left out: {left_out(filter(Path.is_file, files), used)}")
     print("  sizes: " + ", ".join(f"{n} of {w}x{h}" for (h, w), n in sizes.most_common(5)))
     if images.labelled:
         names = [*classes(cfg), "ignored"]
@@ -253,15 +261,12 @@ def check(cfg, domain, images):
     return [f"{domain}: {code}" for code in unknown if kind == "value"]
 
 
-def left_out(images):
-    """Return in words which files beside those of a datasets.Images are not read."""
-    labels = images.label_paths if images.labelled else []
-    used = {images.folder / name for name in images.names} | set(labels)
-    folders = {path.parent for path in used}
-    files = {path for folder in folders for path in folder.iterdir() if path.is_file()} - used
-    kinds = Counter(path.suffix.lower() for path in files)
+def left_out(files, used):
+    """Return in words which of the files are not among those that are used; all are Paths."""
+    left = {*files} - {*used}
+    kinds = Counter(path.suffix.lower() for path in left)
     words = [f"{count} *{kind}" for kind, count in kinds.most_common()]
-    return one_line(f"{', '.join(words)}, as {min(files)}") if files else "nothing"
+    return one_line(f"{', '.join(words)}, as {min(left)}") if left else "nothing"
 
 
 def read(images, i):
