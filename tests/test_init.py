@@ -52,6 +52,7 @@ FOLDERS = {  # files -> the patterns of images and labels, or the layout's name;
     "p rgb/rgb_#.jpg, l gt/classgt_#.png": "rgb/rgb_* gt/classgt_*",
     "p image/image_#.png, c label/segmentation_#.png": "image/image_* label/segmentation_*",
     "p x/cam/rgb/#.png, l x/cam/seg/#.png": "*/rgb/* */seg/*",
+    "p s1/rgb/#.jpg, p s2/rgb/#.jpg, l s2/seg/#.png": "*/rgb/* */seg/*",
     "p #.jpg, l #.png": "*.jpg *.png",
     "p #.png, l #_mask.png, v #_overlay.png": "* *_mask",
     "p f/#_rgb.png, c f/#_seg.png, l f/#_ids.png": "*_rgb *_ids",

@@ -115,8 +115,9 @@ def rank(splits):
     names = [str(path.relative_to(x["root"])) for path in next(iter(x["pairs"].items()))]
     is_other = any(map(OTHER.search, names))
     _, colours, channels = looks(x["pairs"].values())  # few: of classes; one channel: values
+    shared = len(set.intersection(*({*dirname(name).split("/")} for name in names)))
     length = sum(len(name.rpartition("/")[2]) for name in names)
-    return sum(len(x["pairs"]) for x in splits), not is_other, -colours, -channels, -length
+    return sum(len(x["pairs"]) for x in splits), not is_other, shared, -colours, -channels, -length
 
 
 # ---------------------------------------------------------------- patterns from names

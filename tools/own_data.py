@@ -49,8 +49,7 @@ def main():
     task.add_argument("--check", action="store_true", help="read every file and show what it holds")
     words = "write a configuration for a folder with labels and one without"
     task.add_argument("--init", nargs=2, metavar="FOLDER", type=Path, help=words)
-    words = "the file that --init writes (default: %(default)s)"
-    parser.add_argument("--out", default="my.yaml", metavar="FILE", type=Path, help=words)
+    parser.add_argument("--out", default="my.yaml", type=Path, help="the file that --init writes")
     args = parser.parse_intermixed_args()
     warnings.simplefilter("ignore")  # Pillow's, about metadata
     if args.init:
