@@ -149,7 +149,7 @@ def judge_translation(run, source, translated):
     words = f"translated images keep {kept:.0%} of the edges, and have {ratio:.1f} x the noise"
     print(f"translator: {words}")
     if kept < KEPT or ratio > NOISE:
-        remedy = "set another translation.method, or crdomix=false in warmup and selftrain"
+        remedy = "raise translation.steps, or set crdomix=false in warmup and selftrain"
         warn(f"{words}: their content may be lost; look at {folder}, then {remedy}")
 
 

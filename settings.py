@@ -61,7 +61,6 @@ RULES = {
     "sizes": list_of(SIZE),
     "size": either(SIZE, one_of(None)),
     "crop": SIZE,
-    "method": one_of("cyclegan", "colour", "fourier"),
     "translation.crop": list_of(_from(32, 4), 2, 2),
     "batch": ("a list of counts, not all 0", lambda v: list_of(COUNT)[1](v) and any(v)),
     "network": (f"{' | '.join(NETWORKS)}, smp/ARCHITECTURE/ENCODER, or registered", _is_network),

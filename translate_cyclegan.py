@@ -3,13 +3,10 @@
 python translate_cyclegan.py --cfg config.yaml
 
 A CycleGAN (Zhu et al., ICCV 2017) whose loss keeps borders of classes, so that labels stay valid.
-Or, without training, the colours or the low frequencies of target images: see translation.method.
 """
 
 import functools
 
-import cv2
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,7 +15,7 @@ from torch.utils.data import StackDataset, Subset
 from datasets import Crops, Images, Whole, loader, translated_images
 from engine.command import arguments, command
 from engine.files import load_tensors
-from engine.images import image_writer, resize
+from engine.images import image_writer
 from engine.log import progress
 from engine.loop import Run, micro_batch_size
 from engine.processes import all_gather_rows, barrier, decided_by_first, rank, world
@@ -44,13 +41,9 @@ def main():
     if not cfg.translation.images:
         target = Images(cfg, "target", labelled=False)
         if not run.is_finished(args.force, [source, target]):
-            checked = source.check(), target.check()
-            if cfg.translation.method == "cyclegan":
-                train(run, *checked)
-            else:
-                run.save(run.result, 0, {})
+            train(run, source.check(), target.check())
         made = decided_by_first(lambda: run.result.stat().st_mtime)
-        write(translator(run, target, len(source)), run, source, folder, made)
+        write(translator(run), run, source, folder, made)
         barrier()  # for the images of all processes
     judge_translation(run, source, translated_images(cfg, source))
     print(f"translator: {len(source)} translated images are in {folder}")
@@ -133,14 +126,9 @@ def train(run, source, target):
     run.finish(generator=state["generator"])
 
 
-def translator(run, target, count):
-    """Return the function from a Whole's sample, of `count`, to G(x_s), uint8 RGB (H, W, 3)."""
-    options = run.cfg.translation
-    if options.method != "cyclegan":
-        transfer = {"colour": transfer_colours, "fourier": transfer_frequencies}[options.method]
-        chosen = np.random.default_rng(run.cfg.seed).integers(len(target), size=count)
-        return lambda x: transfer(x["image"].numpy(), target.image(chosen[x["index"]]))
-    generator = Generator(options.filters, options.blocks)
+def translator(run):
+    """Return the function from a Whole's sample to G(x_s), uint8 RGB (H, W, 3)."""
+    generator = Generator(run.cfg.translation.filters, run.cfg.translation.blocks)
     load_exactly(generator, load_tensors(run.result).get("generator", {}), run.result)
     return functools.partial(generate, run, run.place(generator))
 
@@ -155,36 +143,6 @@ def generate(run, generator, sample):
         image = generator(image)
     image = image[0, :, :height, :width].mul(255).round().byte().permute(1, 2, 0)
     return image.cpu().numpy()
-
-
-def transfer_colours(image, target):
-    """Return the image with mean and deviation of the target's L, a and b (Reinhard et al., 2001).
-
-    Both RGB uint8 (H, W, 3), of any sizes.
-    """
-    target = resize(target, image.shape[:2])
-    lab, wanted = (cv2.cvtColor(np.float32(x) / 255, cv2.COLOR_RGB2LAB) for x in (image, target))
-    (mean, deviation), (to_mean, to_deviation) = map(cv2.meanStdDev, (lab, wanted))
-    gain = to_deviation / np.maximum(deviation, 1e-3)
-    lab = (lab - mean.T) * gain.T + to_mean.T
-    rgb = cv2.cvtColor(np.float32(lab), cv2.COLOR_LAB2RGB)
-    return np.uint8(np.rint(255 * rgb.clip(0, 1)))
-
-
-def transfer_frequencies(image, target, beta=0.01):
-    """Return the image with the target's low-frequency amplitudes (FDA; Yang, Soatto, CVPR 2020).
-
-    Both RGB uint8 (H, W, 3), of any sizes. beta: share of the frequencies, of the shorter side.
-    """
-    height, width = image.shape[:2]
-    target = resize(target, (height, width))
-    own, wanted = (np.fft.rfft2(np.float32(x), axes=(0, 1)) for x in (image, target))
-    n = int(beta * min(height, width))
-    for rows in (slice(n + 1), slice(height - n, height)):
-        low = own[rows, : n + 1]
-        low *= np.abs(wanted[rows, : n + 1]) / np.maximum(np.abs(low), 1e-6)
-    image = np.fft.irfft2(own, (height, width), axes=(0, 1))
-    return np.uint8(np.rint(image.clip(0, 255)))
 
 
 def write(translate, run, source, folder, made):

@@ -1,13 +1,10 @@
-"""Strong views against torchvision, class choice and masks against plain loops; translations."""
+"""Strong views against torchvision, class choice and masks against plain loops."""
 
-import cv2
-import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as tv
 
 import augment
-from translate_cyclegan import transfer_colours, transfer_frequencies
 
 
 def images(n=6, size=(20, 24)):
@@ -103,41 +100,3 @@ def test_class_mix_pastes_the_weak_source_and_its_labels():
     assert torch.equal(weights, torch.where(mask[:, 0], torch.ones(()), shares))
     assert torch.equal(mixed, mask * x + ~mask * strong)
     assert torch.equal(mixed_labels, torch.where(mask[:, 0], labels, target_labels))
-
-
-# ---------------------------------------------------------------- translation without training
-
-
-def two_images():
-    rng = np.random.default_rng(0)
-    coarse = (rng.integers(90, 160, (4, 5, 3)).astype(np.uint8) for _ in range(2))
-    image, target = map(cv2.resize, coarse, ((32, 24), (52, 40)))
-    return image, target // 2 + 60
-
-
-def test_the_colours_of_a_translated_image_are_the_target_s():
-    image, target = two_images()
-    moved = transfer_colours(image, target)
-    own, wanted = (cv2.cvtColor(np.float32(x) / 255, cv2.COLOR_RGB2LAB) for x in (moved, target))
-    for statistic in (np.mean, np.std):
-        np.testing.assert_allclose(*(statistic(x, (0, 1)) for x in (own, wanted)), atol=0.7)
-    assert np.abs(transfer_colours(image, image).astype(int) - image).max() < 2
-
-
-def test_the_low_frequencies_of_a_translated_image_are_the_target_s():
-    image, target = two_images()
-    beta = 0.1
-    moved = transfer_frequencies(image, target, beta)
-    target = cv2.resize(target, image.shape[1::-1], interpolation=cv2.INTER_AREA)
-    height, width = image.shape[:2]
-    n = int(min(height, width) * beta)
-    expected = np.zeros(image.shape)
-    for channel in range(3):
-        own, other = (np.fft.fftshift(np.fft.fft2(x[..., channel])) for x in (image, target))
-        rows = slice(height // 2 - n, height // 2 + n + 1)
-        columns = slice(width // 2 - n, width // 2 + n + 1)
-        amplitude = np.abs(own)
-        amplitude[rows, columns] = np.abs(other)[rows, columns]
-        both = amplitude * np.exp(1j * np.angle(own))
-        expected[..., channel] = np.fft.ifft2(np.fft.ifftshift(both)).real
-    assert np.abs(moved - expected.clip(0, 255)).max() < 0.51
