@@ -5,8 +5,6 @@ python translate_cyclegan.py --cfg config.yaml
 A CycleGAN (Zhu et al., ICCV 2017) whose loss keeps borders of classes, so that labels stay valid.
 """
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -43,7 +41,7 @@ def main():
         if not run.is_finished(args.force, [source, target]):
             train(run, source.check(), target.check())
         made = decided_by_first(lambda: run.result.stat().st_mtime)
-        write(translator(run), run, source, folder, made)
+        write(run, source, folder, made)
         barrier()  # for the images of all processes
     judge_translation(run, source, translated_images(cfg, source))
     print(f"translator: {len(source)} translated images are in {folder}")
@@ -126,13 +124,6 @@ def train(run, source, target):
     run.finish(generator=state["generator"])
 
 
-def translator(run):
-    """Return the function from a Whole's sample to G(x_s), uint8 RGB (H, W, 3)."""
-    generator = Generator(run.cfg.translation.filters, run.cfg.translation.blocks)
-    load_exactly(generator, load_tensors(run.result).get("generator", {}), run.result)
-    return functools.partial(generate, run, run.place(generator))
-
-
 @torch.no_grad()
 def generate(run, generator, sample):
     """Return the generator's G(x_s) of a Whole's sample, uint8 RGB (H, W, 3)."""
@@ -145,11 +136,14 @@ def generate(run, generator, sample):
     return image.cpu().numpy()
 
 
-def write(translate, run, source, folder, made):
+def write(run, source, folder, made):
     """Write the translation of every source image to NAME.jpg in `folder`, of the same size.
 
     Images that were written after the time `made` and after their own image are left alone.
     """
+    generator = Generator(run.cfg.translation.filters, run.cfg.translation.blocks)
+    load_exactly(generator, load_tensors(run.result).get("generator", {}), run.result)
+    generator = run.place(generator)
     # JPEG takes a third of a PNG's space and of its decoding, which is most of a sample's time
     paths = [(folder / name).with_suffix(".jpg") for name in source.names]
 
@@ -162,7 +156,7 @@ def write(translate, run, source, folder, made):
     images = loader(run, Subset(Whole(source.unlabelled()), todo))
     with image_writer() as write_image:
         for sample in progress(images, desc="translated", unit="img"):
-            write_image(paths[sample["index"]], translate(sample))
+            write_image(paths[sample["index"]], generate(run, generator, sample))
 
 
 def least_squares(scores, wanted):
