@@ -22,6 +22,11 @@ def upsample(maps, size):
     return F.interpolate(maps.float(), size=tuple(size), mode="bilinear", align_corners=True)
 
 
+def at_size(labels, size):
+    """Return labels (B, H, W) at `size` (h, w), int64: those of the nearest pixels."""
+    return F.interpolate(labels[:, None].float(), size=size, mode="nearest-exact")[:, 0].long()
+
+
 def supervised_loss(logits, labels, weights=None):
     """Return L_ce = mean over pixels of -w log S(x)_y, a scalar; w = 1 without `weights`.
 
@@ -128,11 +133,14 @@ class Centroids(nn.Module):
         """
         predicted = logits.argmax(1)
         if labels is not None:
-            size = predicted.shape[-2:]
-            labels = F.interpolate(labels[:, None].float(), size=size, mode="nearest-exact")[:, 0]
+            labels = at_size(labels, predicted.shape[-2:])
             predicted = torch.where(predicted == labels, predicted, IGNORED)
-        classes = torch.arange(logits.shape[1], device=logits.device)
-        member = (predicted.flatten(1)[:, None] == classes[:, None]).float()
+        return self.label_means(features, predicted, min_pixels)
+
+    def label_means(self, features, labels, min_pixels=5):
+        """Return what class_means does, where labels (B, h, w) alone say what a pixel is."""
+        classes = torch.arange(len(self.vectors), device=labels.device)
+        member = (labels.flatten(1)[:, None] == classes[:, None]).float()
         pixels = member.sum(2)
         means = member @ features.float().flatten(2).transpose(1, 2)
         means = (means / pixels.clamp(min=1)[..., None]).flatten(0, 1)
@@ -168,3 +176,32 @@ class Centroids(nn.Module):
         distance = distance.transpose(1, 2).unflatten(2, features.shape[-2:])
         closeness = (-distance).contiguous().softmax(1)
         return upsample(closeness, size).max(1).indices  # on a CPU 10 times as fast as argmax
+
+
+class LogitAlignment(Centroids):
+    """The mean logits of each label, against classes that are predicted too often or too rarely.
+
+    After BLDA (Li et al., ICML 2025), with means in the place of mixtures of Gaussians.
+    """
+
+    def __init__(self, num_classes, weight=1.0, momentum=0.02):
+        super().__init__(num_classes, num_classes, momentum)
+        self.weight = weight
+        self.rows = []  # class means of this step, for `move`
+
+    def forward(self, logits, labels):
+        """Return logits + w (mu_yk - a), (B, K, h, w), for a loss that lowers what exceeds a.
+
+        mu_yk: the mean logit of class k on label y. a: its anchor, the mean of mu_yy over labels
+        for k = y, the mean of the others elsewhere. Nothing is added where a pixel is ignored.
+        logits: (B, K, h, w). labels: (B, H, W).
+        """
+        labels = at_size(labels, logits.shape[-2:])
+        self.rows.append(self.label_means(logits.detach(), labels))
+        means = self.vectors - self.vectors.mean(1, keepdim=True)  # a softmax does not see it
+        own = torch.eye(len(means), device=means.device)
+        seen = means.any(1, keepdim=True)
+        for part in (own, 1 - own):
+            means = means - part * (means * part).sum() / (seen * part).sum().clamp(min=1)
+        shift = F.pad(self.weight * means * seen, (0, 0, 0, 1))[labels.clamp(max=len(means))]
+        return logits + shift.permute(0, 3, 1, 2).to(logits.dtype)

@@ -21,6 +21,7 @@ from engine.processes import all_gather_rows, in_batch_order
 from layouts import classes
 from losses import (
     Centroids,
+    LogitAlignment,
     bilateral_consensus,
     confident_share,
     ohem_loss,
@@ -79,6 +80,10 @@ def train(run, init, folder, source, target):
     optimizer = models.build_optimizer(student, cfg.optimizer)
     centroids = Centroids(len(names), student.channels, options.momentum).to(run.device)
     state = {"student": student, "teacher": teacher, "optimizer": optimizer}
+    align = None
+    if options.align_logits:
+        align = LogitAlignment(len(names), options.align_logits).to(run.device)
+        state["align"] = align
     if not run.resume(**state, centroids=centroids):
         begin_round(run, student, centroids, source, target.unlabelled(), aligned, folder)
     target_crops = crops_of_target(run, target, folder)
@@ -124,8 +129,9 @@ def train(run, init, folder, source, target):
             with run.autocast():
                 logits, _, auxiliary = network(torch.cat([x_s, x_cdm, x_mix]))
             z_s, z_cdm, z_mix = logits.split(n)
-            ce = supervised(z_s, y_s)
-            ce_mix = supervised(z_mix, y_mix, w_mix)
+            a_s, a_mix = (align(z_s, y_s), align(z_mix, y_mix)) if align else (z_s, z_mix)
+            ce = supervised(a_s, y_s)
+            ce_mix = supervised(a_mix, y_mix, w_mix)
             if auxiliary is not None:
                 ce = ce + cfg.model.auxiliary * supervised(auxiliary[:n], y_s)
                 of_mix = supervised(auxiliary[2 * n :], y_mix, w_mix)
@@ -145,6 +151,11 @@ def train(run, init, folder, source, target):
         # centroids move with the target first, then with the source
         for means, found in target_means + source_means:
             centroids.move(all_gather_rows(means), all_gather_rows(found))
+        if align:
+            # the source's first, and at once: bit for bit the same with any number of processes
+            rows = (map(all_gather_rows, part) for part in align.rows[::2] + align.rows[1::2])
+            align.move(*map(torch.cat, zip(*rows, strict=True)))
+            align.rows.clear()
         if run.shows:
             pictures = {"target_image": x_t, "probability_labels": y_p, "feature_labels": y_f}
             pictures |= {"pseudo_labels": y_t, "mixed_image": x_mix, "mixed_labels": y_mix}

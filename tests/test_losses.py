@@ -117,6 +117,30 @@ def test_move_is_one_row_after_the_other(rng, momentum):
     torch.testing.assert_close(centroids.vectors, expected)
 
 
+def test_logits_move_by_what_their_label_s_means_exceed_the_anchors_by(rng):
+    align = losses.LogitAlignment(4, 0.7, momentum=0.5)
+    labels = torch.randint(0, 3, (2, 6, 8), generator=rng)  # class 3 is nowhere
+    labels[:, 0] = 255
+    mean = torch.zeros(4, 4)
+    for _ in range(2):
+        logits = torch.randn(2, 4, 3, 4, generator=rng)
+        near = labels[:, 1::2, 1::2]
+        own = [mean[k, k] - mean[k].mean() for k in range(3)]
+        rest = [mean[y, k] - mean[y].mean() for y in range(3) for k in range(4) if k != y]
+        expected = logits.clone()
+        for b, i, j in itertools.product(range(2), range(3), range(4)):
+            for k in range(4 if near[b, i, j] != 255 else 0):
+                y = near[b, i, j]
+                anchor = sum(own) / 3 if k == y else sum(rest) / 9
+                expected[b, k, i, j] += 0.7 * (mean[y, k] - mean[y].mean() - anchor)
+        torch.testing.assert_close(align(logits, labels), expected)
+        for b, k in itertools.product(range(2), range(3)):
+            if (near[b] == k).sum() >= 5:
+                mean[k] += 0.5 * (logits[b][:, near[b] == k].mean(1) - mean[k])
+        align.move(*align.rows.pop())
+        torch.testing.assert_close(align.vectors, mean)
+
+
 def test_semantic_edges_are_where_a_neighbour_differs(rng):
     labels = torch.randint(0, 3, (2, 6, 7), generator=rng)
     translated, images = torch.rand(2, 2, 3, 6, 7, generator=rng)
