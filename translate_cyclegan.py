@@ -41,7 +41,10 @@ def main():
         if not run.is_finished(args.force, [source, target]):
             train(run, source.check(), target.check())
         made = decided_by_first(lambda: run.result.stat().st_mtime)
-        write(run, source, folder, made)
+        generator = Generator(cfg.translation.filters, cfg.translation.blocks)
+        load_exactly(generator, load_tensors(run.result).get("generator", {}), run.result)
+        generator = run.place(generator)
+        write(lambda x: generate(run, generator, x), run, source, folder, made)
         barrier()  # for the images of all processes
     judge_translation(run, source, translated_images(cfg, source))
     print(f"translator: {len(source)} translated images are in {folder}")
@@ -136,14 +139,11 @@ def generate(run, generator, sample):
     return image.cpu().numpy()
 
 
-def write(run, source, folder, made):
+def write(translate, run, source, folder, made):
     """Write the translation of every source image to NAME.jpg in `folder`, of the same size.
 
     Images that were written after the time `made` and after their own image are left alone.
     """
-    generator = Generator(run.cfg.translation.filters, run.cfg.translation.blocks)
-    load_exactly(generator, load_tensors(run.result).get("generator", {}), run.result)
-    generator = run.place(generator)
     # JPEG takes a third of a PNG's space and of its decoding, which is most of a sample's time
     paths = [(folder / name).with_suffix(".jpg") for name in source.names]
 
@@ -156,7 +156,7 @@ def write(run, source, folder, made):
     images = loader(run, Subset(Whole(source.unlabelled()), todo))
     with image_writer() as write_image:
         for sample in progress(images, desc="translated", unit="img"):
-            write_image(paths[sample["index"]], generate(run, generator, sample))
+            write_image(paths[sample["index"]], translate(sample))
 
 
 def least_squares(scores, wanted):
