@@ -79,7 +79,8 @@ def parallel(network, has_unused):
     if world() == 1:
         return network
     # no buffers: GPUs share their batch norm, and a CPU's statistics are made anew in the end
-    options = {"broadcast_buffers": False, "find_unused_parameters": has_unused}
+    buffers = "forward_sync_buffers" if torch.__version__ >= (2, 13) else "broadcast_buffers"
+    options = {buffers: False, "find_unused_parameters": has_unused}
     return nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True, **options)
 
 

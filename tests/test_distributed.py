@@ -6,6 +6,7 @@ import importlib
 import os
 import signal
 import sys
+import warnings
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ def process(number, count, port, folder, work, *arguments):
         os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    warnings.simplefilter("error", FutureWarning)  # of what the next torch no longer has
     os.chdir(folder)
     into_files(f"out.{number}")
     work(*arguments)
