@@ -77,9 +77,9 @@ def test_a_bare_folder_of_images_and_labels_with_a_palette(dataset, init):
     assert "target: 3 images, 0 labels" in out and "val: nothing with labels" in out
     cfg = load_config(dataset / "my.yaml")
     assert (cfg.target.layout, cfg.target.split, cfg.val.root) == ("flat", None, None)
-    assert cfg.target.sizes == [[160, 88], [200, 110]]
-    # 48x64, with 0.8^2 and 1.6^2 of the target's pixels
-    assert cfg.source.sizes == [[102, 137], [205, 274]]
+    # shapes 200:110 and 48:64, of one number of pixels, have 0.64 of them in common: both grow
+    assert cfg.target.sizes == [[199, 109], [249, 137]]
+    assert cfg.source.sizes == [[128, 170], [256, 341]]
     assert cfg.classes == {f"class_{value}": [value, 50, 90] for value in (7, 23, 26)}
     assert cfg.source.ids[255] is None
     assert len(Images(cfg, "target", False)) == 3

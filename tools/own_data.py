@@ -2,8 +2,6 @@
 
     python tools/own_data.py --init FOLDER_WITH_LABELS FOLDER_WITHOUT --out my.yaml
     python tools/own_data.py --check --cfg my.yaml
-
---check reads every image and label, prints sizes and class shares, and draws contact sheets.
 """
 
 import colorsys
@@ -123,14 +121,16 @@ def training_sizes(found, largest):
     """Return {domain: two [height, width], low and high} of source and target, in their own shapes.
 
     Full size has the pixels of the larger domain, at most `largest`, in both: what is small in one
-    domain alone is not recognised in the other. The source is enlarged, because a game's camera
-    often sees wider than a real one; images of equal sizes are taken for those of one camera.
+    domain alone is not recognised in the other. Both grow by one factor, until a crop that fits
+    into both has the pixels that it has between equal shapes. The source is enlarged, because a
+    game's camera often sees wider; images of equal sizes are taken for those of one camera.
     """
     shapes = {x: median_size(found[x]) for x in SCALES}
     pixels = min(max(shape.prod() for shape in shapes.values()), largest)
     full = {x: shape * (pixels / shape.prod()) ** 0.5 for x, shape in shapes.items()}
+    growth = (pixels / np.minimum(*full.values()).prod()) ** 0.5
     scales = OF_ONE_CAMERA if np.array_equal(*shapes.values()) else SCALES
-    return {x: np.outer(scales[x], full[x]).astype(int).tolist() for x in scales}
+    return {x: np.outer(scales[x], growth * full[x]).astype(int).tolist() for x in scales}
 
 
 def median_size(x):
