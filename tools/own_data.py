@@ -1,7 +1,7 @@
 """Write a first configuration for your own image folders, and check every file that one names.
 
-    python tools/own_data.py --init FOLDER_WITH_LABELS FOLDER_WITHOUT --out my.yaml
-    python tools/own_data.py --check --cfg my.yaml
+python tools/own_data.py --init FOLDER_WITH_LABELS FOLDER_WITHOUT --out my.yaml
+python tools/own_data.py --check --cfg my.yaml
 """
 
 import colorsys
