@@ -173,16 +173,6 @@ def _layers(module, kind):
 BLOCK = re.compile(r"backbone\..*\bblocks\.(\d+)\.")
 
 
-class AdamW(torch.optim.AdamW):
-    """AdamW that gives PyTorch's fused CPU kernel contiguous views; channels-last it would copy."""
-
-    def _init_group(self, group, *lists):
-        answer = super()._init_group(group, *lists)  # fills them: parameters, gradients, means, ...
-        for tensors in lists:
-            tensors[:] = [t.permute(0, 2, 3, 1) if t.dim() == 4 else t for t in tensors]
-        return answer
-
-
 def build_optimizer(model, options):
     """Return SGD or AdamW with groups for the backbone (frozen at rate 0) and one for the rest.
 
@@ -203,7 +193,7 @@ def build_optimizer(model, options):
     groups = [{"params": ps, "lr": rate, "base_lr": rate} for (rate, _), ps in groups.items()]
     decay = options.weight_decay
     if options.name == "adamw":
-        return AdamW(groups, weight_decay=decay, fused=True)
+        return torch.optim.AdamW(groups, weight_decay=decay, fused=True)
     sgd = torch.optim.SGD(groups, momentum=options.momentum, weight_decay=decay, fused=True)
     if options.momentum:  # where fp16 skips the first step, PyTorch would not initialise these
         for _, p in trained:

@@ -205,23 +205,6 @@ def test_the_discriminator_judges_70x70_patches():
     assert rows[-1] - rows[0] + 1 == 70
 
 
-def test_adamw_in_the_order_of_memory_is_torchs():
-    def trained(adamw):
-        torch.manual_seed(0)
-        shapes = ((16, 3, 7, 7), (65, 33, 3, 3), (8, 5, 1, 1), (8, 1, 3, 3), (9, 6, 3, 3), (7,))
-        parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
-        for p in parameters[:3]:
-            p.data = p.data.contiguous(memory_format=torch.channels_last)
-        optimizer = adamw(parameters, 1e-2, weight_decay=0.1, fused=True)
-        for _ in range(3):
-            for p in parameters:
-                p.grad = torch.randn_like(p)
-            optimizer.step()
-        return parameters + [optimizer.state[p]["exp_avg_sq"] for p in parameters]
-
-    assert all(map(torch.equal, trained(models.AdamW), trained(torch.optim.AdamW)))
-
-
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_a_first_step_that_fp16_skips_leaves_no_trace(name):
     rates = {"name": name, "lr_backbone": 0.1, "lr_head": 0.1, "weight_decay": 0.01}
