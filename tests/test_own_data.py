@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import CLASSES, IDS, ok, paletted_png, picture, refused, save
 
-from datasets import Images
+from datasets import Crops, Images
 from engine.images import read_image, resize
 from settings import load_config
 
@@ -127,3 +127,12 @@ def test_the_check_counts_what_is_there(dataset, run):
     assert swatches == [*CLASSES.values(), [0, 0, 0]]
     difference = sheet[:160, :213].astype(int) - resize(picture(0)[0], (160, 213))
     assert np.abs(difference).max() == 0
+
+    cfg = load_config(dataset / "test.yaml")
+    crops, batch = read_image(dataset / "runs/test/crops.png"), cfg.warmup.batch
+    count = 2 * sum(batch)
+    assert crops.shape == (2 * cfg.crop[0], count * cfg.crop[1], 3)
+    for row, domain in zip(np.vsplit(crops, 2), ("source", "target"), strict=True):
+        images = Images(cfg, domain, labelled=False)
+        last = Crops(cfg, "warmup", domain, images, batch, 2)[count - 1]
+        assert np.array_equal(row[:, -cfg.crop[1] :], last["image"])

@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to be run by its path too
 
-from datasets import CODE, IGNORED, NO_CLASS, Images
+from datasets import CODE, IGNORED, NO_CLASS, Crops, Images
 from engine.command import arguments, command
 from engine.config import UserError, one_line
 from engine.files import write_text
@@ -57,7 +57,11 @@ def main():
     labelled = {"source": True, "target": cfg.selftrain.diagnose or "oracle" in cfg.stages}
     labelled |= {"val": True} if cfg.val.root else {}
     labelled |= {f"more_val.{name}": True for name in cfg.more_val}
-    unknown = [line for x in labelled for line in check(cfg, x, Images(cfg, x, labelled[x]))]
+    found = {domain: Images(cfg, domain, labelled[domain]) for domain in labelled}
+    unknown = [line for domain in found for line in check(cfg, domain, found[domain])]
+    path = Path(cfg.output) / cfg.name / "crops.png"
+    write_image(path, crops(cfg, found["source"], found["target"]))
+    print(f"crops in training, source above target: {path}; are objects about as large in both?")
     if unknown:
         fault = f"no class for {one_line(', '.join(unknown))}"
         raise UserError(f"{args.cfg}: {fault}; add these values to ids (null: ignored)")
@@ -302,6 +306,16 @@ def contact_sheet(images, colours):
     rows = [np.hstack(tiles[at : at + 3]) for at in range(0, len(tiles), 3)]
     if images.labelled:
         rows.append(legend(colours, rows[0].shape[1]))
+    return np.vstack(rows)
+
+
+def crops(cfg, *domains):
+    """Return a picture of crops as in training, a row for each datasets.Images, (H, W, 3) uint8."""
+    rows = []
+    for images in domains:
+        given = images.domain, images.unlabelled(), cfg.warmup.batch, 2
+        of_domain = Crops(cfg, "warmup", *given)
+        rows.append(np.hstack([of_domain[n]["image"] for n in range(len(of_domain))]))
     return np.vstack(rows)
 
 

@@ -52,7 +52,7 @@ mpl.rcParams.update({
 def main():
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run")
-    parser.add_argument("--format", choices=("md", "latex", "csv"), help="print a table instead")
+    parser.add_argument("--format", choices=("md", "latex"), help="print a table instead")
     args = parser.parse_args()
     runs = [read_run(Path(folder)) for folder in args.runs]
     if args.format:

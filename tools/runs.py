@@ -1,10 +1,8 @@
 """Read what runs left, and summarise runs that share their settings."""
 
-import csv
 import json
 import re
 import statistics
-import sys
 
 from engine.config import UserError, flat
 from engine.files import FREE_KEYS
@@ -116,33 +114,21 @@ def in_words(mean, spread, *_):
 
 
 def print_table(runs, form):
-    """Print a paper's table of mean and deviation, a row for each setting and stage.
-
-    form: md, latex (with booktabs), or csv, where the deviations have columns of their own.
-    """
-    groups = settings_of(runs)
-    rows = []
+    """Print mean and deviation by setting and stage as a table; form: md or latex (booktabs)."""
+    groups, rows = settings_of(runs), []
     heads = dict.fromkeys(x for *_, stages in groups for cells in stages.values() for x in cells)
     for _, group, stages in groups:
         for stage, cells in stages.items():
-            pairs = [cells.get(head, (None, None))[:2] for head in heads]
-            if form == "csv":
-                texts = ["" if x is None else f"{x:.3f}" for pair in pairs for x in pair]
-            else:
-                texts = [in_words(*pair) for pair in pairs]
-            count = str(len(cells["mIoU"][2]))
-            rows.append([group[0]["folder"].name, title(stage), count, *texts])
-    if form == "csv":
-        heads = [column for head in heads for column in (head, f"{head} deviation")]
+            texts = [in_words(*cells.get(head, (None, None))) for head in heads]
+            setting, count = group[0]["folder"].name, len(cells["mIoU"][2])
+            rows.append([setting, title(stage), str(count), *texts])
     rows.insert(0, ["setting", "stage", "runs", *heads])
     if form == "md":
         rows.insert(1, ["---", "---", *["---:"] * (len(heads) + 1)])
         print("\n".join(f"| {' | '.join(row)} |" for row in rows))
-    elif form == "latex":
+    else:
         rows = [" & ".join(re.sub(r"([&%#_])", r"\\\1", x) for x in row) + r" \\" for row in rows]
         rows = [row.replace("±", r"$\pm$") for row in rows]
         begin = rf"\begin{{tabular}}{{ll{'r' * (len(heads) + 1)}}}"
         lines = [begin, r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule"]
         print("\n".join([*lines, r"\end{tabular}"]))
-    else:
-        csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
