@@ -68,6 +68,17 @@ def symmetric_distillation(student, teacher, strong_to_weak=0.5, size=None):
     return (weak_to_strong + strong_to_weak * back) / (len(student_weak) * size.numel())
 
 
+def mixed_distillation(student, teacher, mask, size):
+    """Return H(M' T(x_s) + (1 - M') T(x_t), S(x_mix)), averaged over all pixels, a scalar.
+
+    student: logits of x_mix, (B, K, h, w). teacher: those of x_s and of x_t, a pair; they are mixed
+    at (h, w), then upsampled to `size` (H, W) with the student's. mask: M', (B, 1, H, W).
+    """
+    mask = at_size(mask[:, 0], student.shape[-2:])[:, None].bool()
+    mixed = torch.where(mask, *teacher).detach()
+    return upsampled_cross_entropy(student, mixed, size) / (len(student) * size.numel())
+
+
 def probability_labels(logits, size):
     """Return y^p, the argmax of the elementwise maximum of the logits at several scales.
 

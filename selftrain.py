@@ -24,6 +24,7 @@ from losses import (
     LogitAlignment,
     bilateral_consensus,
     confident_share,
+    mixed_distillation,
     ohem_loss,
     probability_labels,
     supervised_loss,
@@ -121,9 +122,10 @@ def train(run, init, folder, source, target):
             # half of the source's classes are pasted into the strong target view
             if options.class_mixing:
                 pair = (x_s, y_s, draws), (x_t, y_t, w_t, target_draws)
-                x_mix, y_mix, w_mix = class_mix(*pair, options.strong)
+                x_mix, y_mix, w_mix, mask = class_mix(*pair, options.strong)
             else:
                 x_mix, y_mix, w_mix = strong_view(x_t, target_draws, options.strong), y_t, w_t
+                mask = torch.zeros_like(y_t[:, None])
 
             # losses: labels are for the weak view, both views learn from the teacher
             with run.autocast():
@@ -139,6 +141,10 @@ def train(run, init, folder, source, target):
             kappa = options.strong_to_weak
             kd = symmetric_distillation((z_s, z_cdm), (t_s, t_cdm), kappa, size)
             loss = ce + ce_mix + options.distill * kd
+            if options.distill_mixed:
+                kd_mix = mixed_distillation(z_mix, (t_s, t_t), mask, size)
+                loss = loss + options.distill_mixed * kd_mix
+                run.log(kd_mix=kd_mix)
             run.backward(loss)
             run.log(loss=loss, ce=ce, ce_mix=ce_mix, kd=kd, kept=(y_t != 255).float().mean())
             if options.diagnose:
