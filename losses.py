@@ -5,6 +5,7 @@ centroid of class k, y^p probability labels, y^f feature labels; H(p, q) is the 
 Label maps are integers: classes 0 ... K-1, and 255 where a pixel is ignored.
 """
 
+import functools
 import math
 
 import torch
@@ -69,10 +70,9 @@ def symmetric_distillation(student, teacher, strong_to_weak=0.5, size=None):
 
 
 def mixed_distillation(student, teacher, mask, size):
-    """Return H(M' T(x_s) + (1 - M') T(x_t), S(x_mix)), averaged over all pixels, a scalar.
+    """Return H(M' T(x_s) + (1 - M') T(x_t), S(x_mix)) at `size` (H, W), a mean over pixels.
 
-    student: logits of x_mix, (B, K, h, w). teacher: those of x_s and of x_t, a pair; they are mixed
-    at (h, w), then upsampled to `size` (H, W) with the student's. mask: M', (B, 1, H, W).
+    student, teacher: logits (B, K, h, w) of x_mix; of x_s and x_t, a pair. mask: M', (B, 1, H, W).
     """
     mask = at_size(mask[:, 0], student.shape[-2:])[:, None].bool()
     mixed = torch.where(mask, *teacher).detach()
@@ -93,15 +93,13 @@ def confidence(logits, size):
 
 
 def _best(logits, size):
-    best = upsample(logits[0], size)
-    for other in logits[1:]:
-        best = torch.maximum(best, upsample(other, size))
-    return best
+    return functools.reduce(torch.maximum, (upsample(scale, size) for scale in logits))
 
 
 def confident_share(logits, size):
-    """Return q of DACS, the share of confident pixels of each image, (B,) float32."""
-    return (confidence([logits], size) >= CONFIDENT).float().mean((1, 2))
+    """Return q of DACS, the share of confident pixels of its image, at each pixel (B, H, W)."""
+    is_confident = (confidence([logits], size) >= CONFIDENT).float()
+    return is_confident.mean((1, 2), keepdim=True).expand_as(is_confident)
 
 
 def bilateral_consensus(probability_labels, feature_labels):

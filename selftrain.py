@@ -113,8 +113,12 @@ def train(run, init, folder, source, target):
             t_s, t_cdm, t_t = logits.split(n)
             _, f_cdm, f_t = features.split(n)
 
-            # consensus of probability labels and feature labels
-            y_p, w_t = weighted_labels(run, stored, t_t, size)
+            # consensus of probability labels and feature labels; stored ones weigh 1, as published
+            if stored is None:
+                y_p, w_t = probability_labels([t_t], size), confident_share(t_t, size)
+                run.log(confident=w_t.mean())
+            else:
+                y_p, w_t = stored, torch.ones(stored.shape, device=stored.device)
             y_f = centroids.assign(f_t, size)
             single = {"probability": y_p, "feature": y_f}
             y_t = single.get(options.labels, bilateral_consensus(y_p, y_f))
@@ -140,11 +144,10 @@ def train(run, init, folder, source, target):
                 ce_mix = ce_mix + cfg.model.auxiliary * of_mix
             kappa = options.strong_to_weak
             kd = symmetric_distillation((z_s, z_cdm), (t_s, t_cdm), kappa, size)
-            loss = ce + ce_mix + options.distill * kd
             if options.distill_mixed:
-                kd_mix = mixed_distillation(z_mix, (t_s, t_t), mask, size)
-                loss = loss + options.distill_mixed * kd_mix
-                run.log(kd_mix=kd_mix)
+                of_mix = mixed_distillation(z_mix, (t_s, t_t), mask, size)
+                kd = kd + options.distill_mixed * of_mix
+            loss = ce + ce_mix + options.distill * kd
             run.backward(loss)
             run.log(loss=loss, ce=ce, ce_mix=ce_mix, kd=kd, kept=(y_t != 255).float().mean())
             if options.diagnose:
@@ -194,16 +197,6 @@ def crops_of_target(run, target, folder):
         aligned["pseudo"] = Aligned(folder, target.names, read_label, remedy)
     given = target.unlabelled(), options.batch, options.steps
     return Crops(run.cfg, run.stage, "target", *given, aligned=aligned)
-
-
-def weighted_labels(run, stored, logits, size):
-    """Return y^p and weights (B, H, W): stored labels weigh 1, those of `logits` less (DACS)."""
-    if stored is not None:
-        return stored, torch.ones(stored.shape, device=stored.device)
-    labels, share = probability_labels([logits], size), confident_share(logits, size)
-    weights = share[:, None, None].expand(labels.shape)
-    run.log(confident=weights.mean())
-    return labels, weights
 
 
 def label_target(run, model, target, centroids, folder):

@@ -193,4 +193,5 @@ def test_ohem_keeps_the_hard_pixels(rng, min_pixels, kept):
 def test_the_share_of_confident_pixels_is_that_of_each_image():
     probability = torch.tensor([[[0.97, 0.9], [0.969, 0.99]], [[0.5, 0.5], [0.5, 0.98]]])
     logits = torch.stack([probability, 1 - probability], 1).log()
-    assert losses.confident_share(logits, (2, 2)).tolist() == [0.75, 0.25]
+    shares = losses.confident_share(logits, (2, 2))
+    assert shares.tolist() == [[[0.75] * 2] * 2, [[0.25] * 2] * 2]

@@ -94,7 +94,6 @@ def train(run, method, labelled, target):
                     teacher_logits, _, _ = teacher(x_t)
                 y_t = probability_labels([teacher_logits], x_t.shape[-2:])
                 w_t = confident_share(teacher_logits, x_t.shape[-2:])
-                w_t = w_t[:, None, None].expand(y_t.shape)
                 pair = (x_s, y_s, draws), (x_t, y_t, w_t, target_draws)
                 x_mix, y_mix, w_mix, _ = class_mix(*pair, STRONG)
                 views.append(x_mix)
