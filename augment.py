@@ -32,7 +32,7 @@ def cross_domain_mix(images, labels, translated, draws, beta):
 
 
 def class_mix(source, target, beta):
-    """Return class mixing's x_mix = M' x_s + (1 - M') x~_t, y_mix and w_mix, mixed alike, M' (DACS).
+    """Return class mixing's x_mix = M' x_s + (1 - M') x~_t, y_mix, w_mix, mixed alike; M' (DACS).
 
     source: images x_s, labels y_s, draws, which choose M'; the weak view, of weight 1. target:
     images x_t, labels y_t, their weights (B, H, W) float32, draws, which make the strong view x~_t.
