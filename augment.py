@@ -32,7 +32,7 @@ def cross_domain_mix(images, labels, translated, draws, beta):
 
 
 def class_mix(source, target, beta):
-    """Return class mixing's x_mix = M' x_s + (1 - M') x~_t, y_mix, w_mix, mixed alike; M' (DACS).
+    """Return class mixing's x_mix = M' x_s + (1 - M') x~_t, and y_mix, w_mix, mixed alike (DACS).
 
     source: images x_s, labels y_s, draws, which choose M'; the weak view, of weight 1. target:
     images x_t, labels y_t, their weights (B, H, W) float32, draws, which make the strong view x~_t.
@@ -42,7 +42,7 @@ def class_mix(source, target, beta):
     mask = class_mask(labels, choose_classes(labels, draws[:, FOR_MIXING]))
     x_mix = mix(mask, images, strong_view(target_images, target_draws, beta))
     weights = mix(mask, torch.ones_like(target_weights), target_weights)
-    return x_mix, mix(mask, labels, target_labels), weights, mask
+    return x_mix, mix(mask, labels, target_labels), weights
 
 
 def strong_view(images, draws, beta):

@@ -69,16 +69,6 @@ def symmetric_distillation(student, teacher, strong_to_weak=0.5, size=None):
     return (weak_to_strong + strong_to_weak * back) / (len(student_weak) * size.numel())
 
 
-def mixed_distillation(student, teacher, mask, size):
-    """Return H(M' T(x_s) + (1 - M') T(x_t), S(x_mix)) at `size` (H, W), a mean over pixels.
-
-    student, teacher: logits (B, K, h, w) of x_mix; of x_s and x_t, a pair. mask: M', (B, 1, H, W).
-    """
-    mask = at_size(mask[:, 0], student.shape[-2:])[:, None].bool()
-    mixed = torch.where(mask, *teacher).detach()
-    return upsampled_cross_entropy(student, mixed, size) / (len(student) * size.numel())
-
-
 def probability_labels(logits, size):
     """Return y^p, the argmax of the elementwise maximum of the logits at several scales.
 

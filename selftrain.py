@@ -24,7 +24,6 @@ from losses import (
     LogitAlignment,
     bilateral_consensus,
     confident_share,
-    mixed_distillation,
     ohem_loss,
     probability_labels,
     supervised_loss,
@@ -126,10 +125,9 @@ def train(run, init, folder, source, target):
             # half of the source's classes are pasted into the strong target view
             if options.class_mixing:
                 pair = (x_s, y_s, draws), (x_t, y_t, w_t, target_draws)
-                x_mix, y_mix, w_mix, mask = class_mix(*pair, options.strong)
+                x_mix, y_mix, w_mix = class_mix(*pair, options.strong)
             else:
                 x_mix, y_mix, w_mix = strong_view(x_t, target_draws, options.strong), y_t, w_t
-                mask = torch.zeros_like(y_t[:, None])
 
             # losses: labels are for the weak view, both views learn from the teacher
             with run.autocast():
@@ -144,9 +142,6 @@ def train(run, init, folder, source, target):
                 ce_mix = ce_mix + cfg.model.auxiliary * of_mix
             kappa = options.strong_to_weak
             kd = symmetric_distillation((z_s, z_cdm), (t_s, t_cdm), kappa, size)
-            if options.distill_mixed:
-                of_mix = mixed_distillation(z_mix, (t_s, t_t), mask, size)
-                kd = kd + options.distill_mixed * of_mix
             loss = ce + ce_mix + options.distill * kd
             run.backward(loss)
             run.log(loss=loss, ce=ce, ce_mix=ce_mix, kd=kd, kept=(y_t != 255).float().mean())

@@ -95,7 +95,7 @@ def train(run, method, labelled, target):
                 y_t = probability_labels([teacher_logits], x_t.shape[-2:])
                 w_t = confident_share(teacher_logits, x_t.shape[-2:])
                 pair = (x_s, y_s, draws), (x_t, y_t, w_t, target_draws)
-                x_mix, y_mix, w_mix, _ = class_mix(*pair, STRONG)
+                x_mix, y_mix, w_mix = class_mix(*pair, STRONG)
                 views.append(x_mix)
                 targets.append((y_mix, w_mix))
                 run.log(confident=w_t.mean())
