@@ -72,9 +72,11 @@ class Images(Folder):
             if None not in sizes and sizes[0] != sizes[1]:
                 odd[name] = f"{name} {sizes}"
         if odd:
-            write_text(self.list_file, "".join(f"{x}\n" for x in self.names if x not in odd))
             fault = f"{len(odd)} labels differ from their images in size (W, H)"
-            remedy = f"set {self.domain}.list={self.list_file}, which names the others"
+            remedy = "turn or scale them to fit, without new values (nearest)"
+            if others := [name for name in self.names if name not in odd]:
+                write_text(self.list_file, "\n".join([*others, ""]))
+                remedy += f", or set {self.domain}.list={self.list_file}, which names the others"
             first = one_line(", ".join(odd.values()))
             raise UserError(f"{self.folder}: {fault}: {first}; {remedy}")
         some = np.unique(np.linspace(0, len(self.names) - 1, 256, dtype=int)).tolist()

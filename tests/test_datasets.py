@@ -168,6 +168,11 @@ def test_unequal_sizes_are_found_at_the_start_with_a_list_of_the_good_images(dat
     refused(outcome, "1 labels differ", "00004.png ((64, 48), (60, 48))", "source.list=runs/test")
     assert listed.read_text().split() == [f"{i:05d}.png" for i in range(6) if i != 4]
     ok(run(*given, f"source.list={listed}"))
+    listed.unlink()
+    for i in range(6):
+        save(dataset / f"game/labels/{i:05d}.png", picture(i, (48, 60))[1])
+    refused(run(*given, "--force"), "6 labels differ", "scale them to fit, without new values")
+    assert not listed.exists()
 
 
 # ---------------------------------------------------------------- reading

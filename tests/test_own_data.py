@@ -95,7 +95,7 @@ LABEL = Path("game/labels/00000.png")
 FAULTS = {
     "my.yaml: exists already": lambda: Path("my.yaml").write_text(""),
     "no labels of those names": lambda: shutil.rmtree("game/labels"),
-    "camera: no images": lambda: [shutil.rmtree(path) for path in Path("camera").iterdir()],
+    "camera: no images there": lambda: [shutil.rmtree(path) for path in Path("camera").iterdir()],
     "hold 1 values": one_value,
     "hold 3072 values": lambda: save(LABEL, np.arange(3072, dtype=np.uint16).reshape(48, 64)),
     "is a colour image": lambda: save(LABEL, picture(0)[0]),

@@ -34,7 +34,7 @@ def find_splits(root, labelled=False):
         root = root.parent
     files = list_images(root, unique=False)
     if not files:
-        raise UserError(f"{root}: no images were found; see docs/own_data.md for the layouts")
+        raise UserError(f"{root}: no images there; give their folder (of a video: its frames)")
     groups = groups_of(files)
     photos = [x for x in groups if looks(root / name for name in groups[x].values())[0] <= 0.5]
     found = (splits_in(root, files, pair) for pair in dict.fromkeys(guesses(groups, photos)))
@@ -45,7 +45,7 @@ def find_splits(root, labelled=False):
         return best + [x for x in others if not ({x["split"]} & known or {*x["images"]} - photos)]
     if labelled:
         kinds = (f"{len(names)} files as {min(names.values())}" for names in groups.values())
-        fault = f"holds {one_line(', '.join(kinds))}, and no labels of those names, as PNG"
+        fault = f"holds {one_line(', '.join(kinds))}, and no labels of those names, as sharp PNGs"
         remedy = 'write their patterns by hand: layout: {images: "rgb/*_rgb", labels: "seg/*_seg"}'
         raise UserError(f"{root}: {fault}; {remedy}")
     if len(photos) < len(groups):
