@@ -56,8 +56,11 @@ def main():
     paths = [find(path, cfg) for path in args.weights or [f"{stage}.pth" for stage in stages]]
     if world() > 1 and Path(args.images or "").is_file():
         raise UserError(f"{args.images}: a video is for one process; leave torchrun out")
-    datasets = what_to_segment(cfg, args.images)
     out = Path(args.out) if args.out else run.folder
+    if args.images and out.resolve().is_relative_to(Path(args.images).resolve()):
+        remedy = "give --out a folder elsewhere"
+        raise UserError(f"{out}: the next run would take its pictures for --images; {remedy}")
+    datasets = what_to_segment(cfg, args.images)
     for path in paths:
         evaluate(run, path, datasets, out, args)
     barrier()  # for the pictures of all processes

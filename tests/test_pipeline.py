@@ -247,6 +247,8 @@ def test_images_without_labels_one_of_which_is_damaged(finished, run, config):
 
     ok(run("evaluate", *given, "--out", "one", "--images", "photos/a.jpg"))
     assert [path.name for path in pictures("one/ids")] == ["a.png"]
+    for inside in ("photos", "photos/masks"):
+        refused(run("evaluate", *given, "--images", "photos", "--out", inside), "folder elsewhere")
 
 
 def pictures(folder):
