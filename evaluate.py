@@ -145,9 +145,9 @@ def evaluate(run, path, datasets, out, args):
     teacher, *_ = load_segmenter(path, cfg, "teacher")
     for key, whole in datasets.items():
         stage = path.stem if key == first else f"{path.stem}_on_{key}"
-        scores = segment(run, student, whole, key, out, stage, args)
+        scores = segment(run, student, whole, out, stage, args)
         if whole.images.labelled and teacher is not None:
-            scores["teacher_miou"] = segment(run, teacher, whole, key)["miou"]
+            scores["teacher_miou"] = segment(run, teacher, whole)["miou"]
         if key == first and not (args.images or args.weights):
             scores["information"] = shared_information(run, run.place(student))
         if scores and rank() == 0:
@@ -163,7 +163,7 @@ def evaluate(run, path, datasets, out, args):
             write_text(run.folder / "results.json", text + "\n")
 
 
-def segment(run, model, whole, key, out=None, stage=None, args=None):
+def segment(run, model, whole, out=None, stage=None, args=None):
     """Return a model's scores on labelled images, else {}; given `out`, write pictures there."""
     cfg = run.cfg
     how = cfg.evaluation
@@ -211,8 +211,7 @@ def segment(run, model, whole, key, out=None, stage=None, args=None):
     if not images.labelled:
         print(f"{stage}: pictures of {len(pictured)} images are in {out}")
         return {}
-    dataset = key if key == "val" else f"more_val.{key}"
-    return matrix.scores(names, how.subsets, dataset)
+    return matrix.scores(names, how.subsets)
 
 
 def advice(results, title=str):

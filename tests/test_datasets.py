@@ -2,6 +2,7 @@
 
 from concurrent.futures import ProcessPoolExecutor
 
+import cv2
 import numpy as np
 import pytest
 from conftest import CLASSES, IDS, PALETTE, SIZE, ok, paletted_png, picture, refused, save
@@ -128,6 +129,19 @@ def test_a_colour_of_no_class_is_ignored_and_many_are_warned_of(dataset, run, ca
         save(dataset / f"game/labels/{i:05d}.png", colours)
     code, _, err = run("warmup", "source.ids=colours", "warmup.crdomix=false", "warmup.steps=1")
     assert (code, err.count("of the labels' pixels are ignored")) == (0, 1)
+
+
+@pytest.mark.parametrize("scaled", [cv2.INTER_NEAREST, cv2.INTER_LINEAR, cv2.INTER_AREA])
+def test_labels_that_scaling_gave_new_values_are_warned_of(dataset, config, capsys, scaled):
+    folders.warn.cache_clear()
+    for i in range(6):
+        label = picture(i, (SIZE[0] * 2, SIZE[1] * 2))[1]
+        label = cv2.resize(label, (SIZE[1] * 5 // 3, SIZE[0] * 5 // 3), interpolation=scaled)
+        save(dataset / f"game/labels/{i:05d}.png", label)
+        save(dataset / f"game/images/{i:05d}.png", PALETTE[label])
+    Images(config(), "source", labelled=True).check()
+    is_blended = scaled != cv2.INTER_NEAREST
+    assert ("in its labels are blended with other values" in capsys.readouterr().err) == is_blended
 
 
 def turned(path, array, orientation, mode=None, **options):

@@ -113,7 +113,7 @@ def datasets_of(cfg, some=32):
         with contextlib.suppress(UserError):  # the images have been moved since
             images = Images(cfg, key, labelled=key != "target")
             few = np.unique(np.linspace(0, len(images) - 1, some, dtype=int)).tolist()
-            shapes, _, counts = zip(*threads.map(images.summary, few), strict=True)
+            shapes, _, counts, _ = zip(*threads.map(images.summary, few), strict=True)
             counts = np.sum(counts, axis=0)[: len(classes(cfg))]
             percent = zip(classes(cfg), 100 * counts / max(counts.sum(), 1), strict=True)
             percent = dict(percent) if images.labelled else {}
