@@ -113,7 +113,7 @@ class Images(Folder):
             warn(f"{self.domain}: {shares[IGNORED]:.1%} of the labels' pixels are ignored")
         if np.median(blended) > 0.3:
             remedy = "scale labels with nearest, and draw them without smooth edges"
-            warn(f"{self.domain}: the borders in its labels are blended with other values; {remedy}")
+            warn(f"{self.domain}: borders in its labels are blended with other values; {remedy}")
         absent = ", ".join(name for k, name in enumerate(self.classes) if not shares[k])
         if absent:
             warn(f"{self.domain}: none of {len(shapes)} labels holds {one_line(absent)}")

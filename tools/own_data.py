@@ -34,8 +34,8 @@ from tools.templates import render
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGEST = 1052 * 1914, 360 * 640  # pixels of a training image at most: GTA5's; without a GPU
-SCALES = {"source": (0.8, 1.6), "target": (0.8, 1)}  # low and high size, of the full one
-OF_ONE_CAMERA = SCALES | {"source": (0.8, 1)}
+SCALES = {"source": (0.8, 1), "target": (0.8, 1)}  # low and high size, of the full one
+COARSE = SCALES | {"source": (0.8, 1.6)}  # where the source's files have half the pixels at most
 SAMPLED = 200  # at most this many files are read for sizes and label values
 LISTED = 60  # colours that are made classes, the most frequent ones
 NAMED = 20  # values or colours that are printed
@@ -126,14 +126,14 @@ def training_sizes(found, largest):
 
     Full size has the pixels of the larger domain, at most `largest`, in both: what is small in one
     domain alone is not recognised in the other. Both grow by one factor, until a crop that fits
-    into both has the pixels that it has between equal shapes. The source is enlarged, because a
-    game's camera often sees wider; images of equal sizes are taken for those of one camera.
+    into both has the pixels that it has between equal shapes. A COARSE source is enlarged: in its
+    files objects are small.
     """
     shapes = {x: median_size(found[x]) for x in SCALES}
     pixels = min(max(shape.prod() for shape in shapes.values()), largest)
     full = {x: shape * (pixels / shape.prod()) ** 0.5 for x, shape in shapes.items()}
     growth = (pixels / np.minimum(*full.values()).prod()) ** 0.5
-    scales = OF_ONE_CAMERA if np.array_equal(*shapes.values()) else SCALES
+    scales = COARSE if shapes["source"].prod() <= shapes["target"].prod() / 2 else SCALES
     return {x: np.outer(scales[x], growth * full[x]).astype(int).tolist() for x in scales}
 
 
