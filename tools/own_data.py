@@ -34,6 +34,7 @@ from tools.templates import render
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGEST = 1052 * 1914, 360 * 640  # pixels of a training image at most: GTA5's; without a GPU
+SMALLEST = 360 * 480  # smaller images are enlarged: an object needs about 20 pixels
 SCALES = {"source": (0.8, 1), "target": (0.8, 1)}  # low and high size, of the full one
 COARSE = SCALES | {"source": (0.8, 1.6)}  # where the source's files have half the pixels at most
 SAMPLED = 200  # at most this many files are read for sizes and label values
@@ -124,13 +125,13 @@ def choose(sources, targets):
 def training_sizes(found, largest):
     """Return {domain: two [height, width], low and high} of source and target, in their own shapes.
 
-    Full size has the pixels of the larger domain, at most `largest`, in both: what is small in one
-    domain alone is not recognised in the other. Both grow by one factor, until a crop that fits
+    Full size has the pixels of the larger domain, SMALLEST to `largest`, in both: what is small in
+    one domain alone is not recognised in the other. Both grow by one factor, until a crop that fits
     into both has the pixels that it has between equal shapes. A COARSE source is enlarged: in its
     files objects are small.
     """
     shapes = {x: median_size(found[x]) for x in SCALES}
-    pixels = min(max(shape.prod() for shape in shapes.values()), largest)
+    pixels = np.clip(max(shape.prod() for shape in shapes.values()), SMALLEST, largest)
     full = {x: shape * (pixels / shape.prod()) ** 0.5 for x, shape in shapes.items()}
     growth = (pixels / np.minimum(*full.values()).prod()) ** 0.5
     scales = COARSE if shapes["source"].prod() <= shapes["target"].prod() / 2 else SCALES
@@ -141,11 +142,7 @@ def median_size(x):
     """Return the median (H, W) of a split's images, of the more frequent of portrait, landscape."""
     sizes = np.array([read_image(path).shape[:2] for path in some(x["images"], SAMPLED)])
     landscape = sizes[:, 1] >= sizes[:, 0]
-    size = np.median(sizes[landscape == (landscape.mean() >= 0.5)], axis=0)
-    if size.min() < 40:  # a translation's crop is 32, of the low size
-        fault = f"the images are {size[1]:.0f}x{size[0]:.0f}; they need 40x40 pixels at least"
-        raise UserError(f"{x['root']}: {fault}")
-    return size
+    return np.median(sizes[landscape == (landscape.mean() >= 0.5)], axis=0)
 
 
 def coding_of(x):
