@@ -89,9 +89,11 @@ def test_what_cannot_be_used_writes_nothing(tmp_path, run):
     dataset(tmp_path / "photos", "p rgb/#.jpg")
     save(tmp_path / "photos/seg/frame.png", VALUES[pictures(0)[1]])
     dataset(tmp_path / "masks", "l #.png")
+    dataset(tmp_path / "tiny", "p #.png", size=(18, 18))
     for source, target, part in [
         ("photos", "good", "layout: {images:"),
         ("good", "masks", "give the folder of the photos"),
+        ("good", "tiny", "20x20 pixels"),
     ]:
         refused(run("--init", source, target), part)
         assert not list(tmp_path.glob("*.*"))
@@ -113,7 +115,7 @@ def test_a_simulator_from_another_folder(tmp_path):
     assert "name: my_robot" in done.stdout and "--cfg 'my robot.yaml'" in done.stdout
     cfg = load_config(tmp_path / "my robot.yaml")
     assert (cfg.name, cfg.source.ids) == ("my_robot", "colours")
-    assert cfg.source.sizes == cfg.target.sizes == [[312, 416], [390, 520]]
+    assert cfg.source.sizes == cfg.target.sizes == [[407, 543], [509, 678]]
     assert sorted(cfg.classes.values()) == sorted(COLOURS.tolist())
     path = tmp_path / "my robot.yaml"
     path.write_text(path.read_text().replace("  class_4: [0, 0, 0]", "  # "))

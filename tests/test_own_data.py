@@ -39,7 +39,7 @@ def test_folders_of_a_game_and_of_cityscapes(dataset, init, run):
     assert (cfg.target.layout, cfg.target.split) == ("cityscapes", "train")
     assert cfg.val.split == "val"
     assert cfg.source.ids == {0: "class_0", 7: "class_7", 23: "class_23", 26: "class_26"}
-    assert cfg.source.sizes == cfg.target.sizes == [[288, 384], [360, 480]]  # enlarged
+    assert cfg.source.sizes == cfg.target.sizes == [[76, 102], [96, 128]]  # twice
     labels = np.stack([picture(i)[1] for i in (*range(6), 104, 105)])
     for value in (0, 7, 23, 26):
         share = f"{100 * (labels == value).mean():.2f}% of the pixels"
@@ -78,8 +78,8 @@ def test_a_bare_folder_of_images_and_labels_with_a_palette(dataset, init):
     cfg = load_config(dataset / "my.yaml")
     assert (cfg.target.layout, cfg.target.split, cfg.val.root) == ("flat", None, None)
     # shapes 200:110 and 48:64, of one number of pixels, have 0.64 of them in common: both grow
-    assert cfg.target.sizes == [[559, 307], [699, 384]]
-    assert cfg.source.sizes == [[359, 479], [718, 958]]
+    assert cfg.target.sizes == [[399, 219], [499, 274]]
+    assert cfg.source.sizes == [[256, 341], [512, 683]]
     assert cfg.classes == {f"class_{value}": [value, 50, 90] for value in (7, 23, 26)}
     assert cfg.source.ids[255] is None
     assert len(Images(cfg, "target", False)) == 3

@@ -5,6 +5,7 @@ python tools/own_data.py --check --cfg my.yaml
 """
 
 import colorsys
+import math
 import os
 import re
 import shlex
@@ -33,8 +34,9 @@ from tools.find_layout import find_splits, looks, some
 from tools.templates import render
 
 ROOT = Path(__file__).resolve().parent.parent
-LARGEST = 1052 * 1914, 360 * 640  # pixels of a training image at most: GTA5's; without a GPU
-SMALLEST = 360 * 480  # smaller images are enlarged: an object needs about 20 pixels
+ENLARGED = 480 * 720  # pixels to which smaller images grow: what is thin is hardly learned
+LARGEST = ENLARGED, 1052 * 1914  # pixels of a training image at most, without and with a GPU
+CROP = 88_000, math.inf  # of a crop
 SCALES = {"source": (0.8, 1), "target": (0.8, 1)}  # low and high size, of the full one
 COARSE = SCALES | {"source": (0.8, 1.6)}  # where the source's files have half the pixels at most
 SAMPLED = 200  # at most this many files are read for sizes and label values
@@ -77,7 +79,7 @@ def write_config(source, target, path):
         raise UserError(f"{path}: exists already; remove it, or choose another name with --out")
     found = choose(find_splits(source, labelled=True), find_splits(target))
     gpu = torch.cuda.is_available()
-    values = meaning(found) | {"gpu": gpu, "sizes": training_sizes(found, LARGEST[not gpu])}
+    values = meaning(found) | {"gpu": gpu, "sizes": training_sizes(found, LARGEST[gpu])}
     name = re.sub(r"[^\w.-]+", "_", path.stem).strip("._-") or "my"
     for domain, x in found.items():
         if not x:
@@ -95,13 +97,14 @@ def write_config(source, target, path):
         files = map(root.joinpath, list_images(root, unique=False))
         print(f"{root}: left out: {left_out(files, used)}")
     smallest = np.minimum(*(low for low, _ in values["sizes"].values()))
+    crop = smallest * min(5 / 6, (CROP[gpu] / smallest.prod()) ** 0.5)
     here = "" if Path.cwd() == ROOT else f"{ROOT}/"
     values |= {
         "name": name,
         "check": shlex.join(["python", f"{here}tools/own_data.py", "--check", "--cfg", str(path)]),
         "run": shlex.join(["bash", f"{here}run_all.sh", str(path)]),
         "base": os.path.relpath(ROOT / "config.yaml", path.parent.resolve()),
-        "crop": (smallest * 5 // 6 // 16 * 16).tolist(),
+        "crop": (crop.astype(int) // 16 * 16).tolist(),
         "translation_crop": np.maximum(smallest // 2 // 4 * 4, 32).tolist(),
     }
     render(path, "own_data.yaml.jinja", **found, **values)
@@ -125,13 +128,14 @@ def choose(sources, targets):
 def training_sizes(found, largest):
     """Return {domain: two [height, width], low and high} of source and target, in their own shapes.
 
-    Full size has the pixels of the larger domain, SMALLEST to `largest`, in both: what is small in
-    one domain alone is not recognised in the other. Both grow by one factor, until a crop that fits
-    into both has the pixels that it has between equal shapes. A COARSE source is enlarged: in its
-    files objects are small.
+    Full size has the pixels of the larger domain in both: what is small in one domain alone is not
+    recognised in the other. Below ENLARGED it is up to twice as high and wide. Both grow by one
+    factor, until a crop that fits into both has the pixels that it has between equal shapes. A
+    COARSE source is enlarged more: in its files objects are small.
     """
     shapes = {x: median_size(found[x]) for x in SCALES}
-    pixels = np.clip(max(shape.prod() for shape in shapes.values()), SMALLEST, largest)
+    pixels = max(shape.prod() for shape in shapes.values())
+    pixels = min(np.clip(ENLARGED, pixels, 4 * pixels), largest)
     full = {x: shape * (pixels / shape.prod()) ** 0.5 for x, shape in shapes.items()}
     growth = (pixels / np.minimum(*full.values()).prod()) ** 0.5
     scales = COARSE if shapes["source"].prod() <= shapes["target"].prod() / 2 else SCALES
@@ -142,7 +146,11 @@ def median_size(x):
     """Return the median (H, W) of a split's images, of the more frequent of portrait, landscape."""
     sizes = np.array([read_image(path).shape[:2] for path in some(x["images"], SAMPLED)])
     landscape = sizes[:, 1] >= sizes[:, 0]
-    return np.median(sizes[landscape == (landscape.mean() >= 0.5)], axis=0)
+    size = np.median(sizes[landscape == (landscape.mean() >= 0.5)], axis=0)
+    if size.min() < 20:  # a translation's crop is 32, of the low size
+        fault = f"the images are {size[1]:.0f}x{size[0]:.0f}; they need 20x20 pixels at least"
+        raise UserError(f"{x['root']}: {fault}")
+    return size
 
 
 def coding_of(x):
