@@ -115,7 +115,7 @@ def test_a_simulator_from_another_folder(tmp_path):
     assert "name: my_robot" in done.stdout and "--cfg 'my robot.yaml'" in done.stdout
     cfg = load_config(tmp_path / "my robot.yaml")
     assert (cfg.name, cfg.source.ids) == ("my_robot", "colours")
-    assert cfg.source.sizes == cfg.target.sizes == [[407, 543], [509, 678]]
+    assert cfg.source.sizes == cfg.target.sizes == [[312, 416], [390, 520]]
     assert sorted(cfg.classes.values()) == sorted(COLOURS.tolist())
     path = tmp_path / "my robot.yaml"
     path.write_text(path.read_text().replace("  class_4: [0, 0, 0]", "  # "))

@@ -5,7 +5,6 @@ python tools/own_data.py --check --cfg my.yaml
 """
 
 import colorsys
-import math
 import os
 import re
 import shlex
@@ -34,9 +33,8 @@ from tools.find_layout import find_splits, looks, some
 from tools.templates import render
 
 ROOT = Path(__file__).resolve().parent.parent
-ENLARGED = 480 * 720  # pixels to which smaller images grow: what is thin is hardly learned
-LARGEST = ENLARGED, 1052 * 1914  # pixels of a training image at most, without and with a GPU
-CROP = 88_000, math.inf  # of a crop
+LARGEST = 1052 * 1914, 360 * 640  # pixels of a training image at most: GTA5's; without a GPU
+ENLARGED = 360 * 480  # pixels to which smaller images grow: what is thin is hardly learned
 SCALES = {"source": (0.8, 1), "target": (0.8, 1)}  # low and high size, of the full one
 COARSE = SCALES | {"source": (0.8, 1.6)}  # where the source's files have half the pixels at most
 SAMPLED = 200  # at most this many files are read for sizes and label values
@@ -79,7 +77,7 @@ def write_config(source, target, path):
         raise UserError(f"{path}: exists already; remove it, or choose another name with --out")
     found = choose(find_splits(source, labelled=True), find_splits(target))
     gpu = torch.cuda.is_available()
-    values = meaning(found) | {"gpu": gpu, "sizes": training_sizes(found, LARGEST[gpu])}
+    values = meaning(found) | {"gpu": gpu, "sizes": training_sizes(found, LARGEST[not gpu])}
     name = re.sub(r"[^\w.-]+", "_", path.stem).strip("._-") or "my"
     for domain, x in found.items():
         if not x:
@@ -97,14 +95,13 @@ def write_config(source, target, path):
         files = map(root.joinpath, list_images(root, unique=False))
         print(f"{root}: left out: {left_out(files, used)}")
     smallest = np.minimum(*(low for low, _ in values["sizes"].values()))
-    crop = smallest * min(5 / 6, (CROP[gpu] / smallest.prod()) ** 0.5)
     here = "" if Path.cwd() == ROOT else f"{ROOT}/"
     values |= {
         "name": name,
         "check": shlex.join(["python", f"{here}tools/own_data.py", "--check", "--cfg", str(path)]),
         "run": shlex.join(["bash", f"{here}run_all.sh", str(path)]),
         "base": os.path.relpath(ROOT / "config.yaml", path.parent.resolve()),
-        "crop": (crop.astype(int) // 16 * 16).tolist(),
+        "crop": (smallest * 5 // 6 // 16 * 16).tolist(),
         "translation_crop": np.maximum(smallest // 2 // 4 * 4, 32).tolist(),
     }
     render(path, "own_data.yaml.jinja", **found, **values)
