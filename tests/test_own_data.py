@@ -72,14 +72,14 @@ def test_a_bare_folder_of_images_and_labels_with_a_palette(dataset, init):
         data = paletted_png(np.where(label == 0, 255, label), palette)
         (dataset / f"game/labels/{i:05d}.png").write_bytes(data)
     for i in range(3):
-        save(dataset / f"photos/trip/{i}.jpg", picture(i, (200, 100 + 10 * i))[0])
+        save(dataset / f"photos/trip/{i}.jpg", picture(i, (500, 350 + 10 * i))[0])
     out = ok(init("game", "photos"))
     assert "target: 3 images, 0 labels" in out and "val: nothing with labels" in out
     cfg = load_config(dataset / "my.yaml")
     assert (cfg.target.layout, cfg.target.split, cfg.val.root) == ("flat", None, None)
-    # shapes 200:110 and 48:64, of one number of pixels, have 0.64 of them in common: both grow
-    assert cfg.target.sizes == [[399, 219], [499, 274]]
-    assert cfg.source.sizes == [[256, 341], [512, 683]]
+    # shapes 500:360 and 48:64, of one number of pixels, have 0.73 of them in common: both grow
+    assert cfg.target.sizes == [[466, 335], [583, 419]]
+    assert cfg.source.sizes == [[342, 457], [685, 914]]
     assert cfg.classes == {f"class_{value}": [value, 50, 90] for value in (7, 23, 26)}
     assert cfg.source.ids[255] is None
     assert len(Images(cfg, "target", False)) == 3

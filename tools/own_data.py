@@ -125,9 +125,9 @@ def choose(sources, targets):
 def training_sizes(found, largest):
     """Return {domain: two [height, width], low and high} of source and target, in their own shapes.
 
-    Full size has the pixels of the larger domain in both, up to 4 times as many below ENLARGED:
-    what is small is not recognised. Both grow by one factor, until a crop that fits into both has
-    the pixels that it has between equal shapes. In the files of a COARSE source objects are small.
+    Full size has the pixels of the larger domain in both, at most `largest`; below ENLARGED up to 4
+    times as many: what is small is not recognised. Both grow by one factor, until a crop that fits
+    into both has the pixels that it has between equal shapes. A COARSE source is enlarged more.
     """
     shapes = {x: median_size(found[x]) for x in SCALES}
     pixels = max(shape.prod() for shape in shapes.values())
